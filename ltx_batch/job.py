@@ -1,0 +1,172 @@
+"""JobSpec: the job file, every key with its default and its unit."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ltx_batch.errors import JobError
+from ltx_batch.request import DEFAULT_NEGATIVE_PROMPT, DEFAULT_SEED
+
+Precision = Literal["auto", "fp32", "bf16", "int8", "int8-weight", "bnb-int8", "fp8"]
+Placement = Literal["auto", "resident", "offload", "sharded"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelSpec(_Section):
+    """Which weights, and how they are held."""
+
+    checkpoint: str | None = Field(None, description="name (demo), folder, file, URI or hub id; None: the pipeline config's checkpoint_path")
+    pipeline_config: str | None = Field(None, description="path or URI of an official pipeline YAML; None: the checkpoint folder's own")
+    precision: Precision = "auto"
+    placement: Placement = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    llm_int8_threshold: float = Field(0.0, ge=0, description="bnb-int8 only: outlier threshold; 0 turns the decomposition off")
+    skip_modules: tuple[str, ...] = Field((), description="more name patterns of linear layers that stay unquantised")
+    renderer: Literal["ltx", "fake"] = Field("ltx", description="fake renders colour bars and scripted faults, for tests")
+
+
+class RowDefaults(_Section):
+    """What a row gets where its manifest has no such column, or null in it. Sizes in pixels, rate in Hz."""
+
+    negative_prompt: str = DEFAULT_NEGATIVE_PROMPT
+    seed: int = Field(DEFAULT_SEED, ge=0, description="used where rows have neither seed nor row_id")
+    height: int = 704
+    width: int = 1216
+    num_frames: int = 121
+    frame_rate: float = 30.0
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    stg_scale: float | None = None
+    timesteps: tuple[float, ...] | None = None
+    image_cond_noise_scale: float | None = None
+    decode_timestep: float | None = None
+    decode_noise_scale: float | None = None
+
+
+class VideoSpec(_Section):
+    """H.264 settings; part of the recipe."""
+
+    crf: int = Field(18, ge=0, le=51, description="constant rate factor: 0 lossless, 18 visually so, 51 worst")
+    preset: str = Field("medium", description="x264 preset")
+    threads: int = Field(1, ge=1, description="x264 threads; the bytes depend on it, so it is pinned")
+
+
+class WorkerSpec(_Section):
+    """What one actor holds."""
+
+    num_gpus: float | None = Field(None, ge=0, description="GPUs, whole or a fraction; None: 1 where the cluster has GPUs and the device allows, else 0")
+    num_cpus: float = Field(1, gt=0)
+    torch_threads: int = Field(1, ge=1, description="CPU threads of torch in one actor")
+    in_flight: int = Field(2, ge=1, description="units an actor holds: one renders, the others are fetched, encoded or uploaded")
+    start_timeout_s: float = Field(1800, gt=0, description="time for the model to load")
+
+
+class AttemptPolicy(_Section):
+    """When a row is tried again, and when it is given up."""
+
+    max_attempts: int = Field(3, ge=1, description="tries of a row that raises a retryable error")
+    max_deaths: int = Field(2, ge=1, description="processes a row may end, alone in them, before it is failed")
+    max_worker_deaths: int = Field(8, ge=1, description="deaths in a row without an ok render before a worker slot is given up")
+    timeout_s: float | None = Field(None, gt=0, description="seconds without progress before a worker is killed; None: learned, at least 600")
+
+
+class StorageSpec(_Section):
+    single_writer: bool = Field(False, description="accept a store that ignores create-only writes: this driver must then be the only one")
+    options: dict[str, Any] = Field(default_factory=dict, description="fsspec options for every URI of the job, e.g. endpoint_url; keep secrets in the environment")
+
+
+class JobSpec(_Section):
+    """One job file. `load_job` reads it; unknown keys are errors that name the nearest right key."""
+
+    manifest: str = Field(description="file, folder or glob at any fsspec URI: Parquet, CSV or JSONL")
+    output: str = Field(description="output prefix: a local folder or any fsspec URI")
+    model: ModelSpec = Field(default_factory=ModelSpec)
+    workers: int | Literal["auto"] = Field("auto", description="0: in this process; a number or auto: Ray actors")
+    worker: WorkerSpec = Field(default_factory=WorkerSpec)
+    batch_size: int = Field(1, ge=1, description="rows of equal shape in one forward pass")
+    shard_rows: int = Field(512, ge=1, description="rows a unit of bookkeeping")
+    defaults: RowDefaults = Field(default_factory=RowDefaults)
+    condition_preprocess: Literal["none", "official"] = "none"
+    video: VideoSpec = Field(default_factory=VideoSpec)
+    attempts: AttemptPolicy = Field(default_factory=AttemptPolicy)
+    stop_after_failures: int = Field(20, ge=1, description="failed rows before the first ok one that stop the run")
+    max_failed_fraction: float | None = Field(None, ge=0, le=1, description="share of failed rows, of at least 100 finished, that stops the run")
+    gpu_hour_price: float | None = Field(None, ge=0, description="price of one GPU-hour, for the cost in summaries")
+    on_failed_rows: Literal["exit1", "exit0"] = "exit1"
+    storage: StorageSpec = Field(default_factory=StorageSpec)
+
+
+def load_job(path: str | Path, *, overrides: Iterable[str] = (), text: str | None = None) -> JobSpec:
+    """Read a job file and apply `a.b=c` overrides (values are YAML). Raises JobError with every fault at once."""
+    try:
+        data = yaml.safe_load(Path(path).read_text() if text is None else text)
+    except FileNotFoundError:
+        raise JobError(f"no job file at {path}; jobs/demo.yaml is a working one") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise JobError(f"{path} cannot be read as YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise JobError(f"{path} must hold a mapping of keys such as manifest and output")
+    for override in overrides:
+        _set(data, override)
+    return parse_job(data, source=str(path))
+
+
+def parse_job(data: Mapping[str, Any], *, source: str = "job") -> JobSpec:
+    try:
+        return JobSpec.model_validate(data)
+    except ValidationError as error:
+        faults = [f"  {_describe(fault)}" for fault in error.errors()]
+        raise JobError("\n".join([f"{source} has {len(faults)} fault(s):", *faults])) from None
+
+
+def _set(data: dict[str, Any], override: str) -> None:
+    name, equals, value = override.partition("=")
+    if not equals or not name:
+        raise JobError(f"--set {override}: write it as key=value, e.g. --set model.precision=bf16")
+    *parents, leaf = name.split(".")
+    for parent in parents:
+        inner = data.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise JobError(f"--set {override}: {parent} is not a section")
+        data = inner
+    try:
+        data[leaf] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise JobError(f"--set {override}: the value is not YAML: {error}") from None
+
+
+def _describe(fault: Any) -> str:
+    where = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] != "extra_forbidden":
+        return f"{where}: {fault['msg']} (found {fault['input']!r})" if fault["type"] != "missing" else f"{where}: missing"
+    near = _nearest(fault["loc"])
+    return f"{where}: unknown key" + (f"; did you mean {near}?" if near else "")
+
+
+def _nearest(loc: tuple[int | str, ...]) -> str | None:
+    """The right key most like an unknown one: in its own section first, then anywhere."""
+    keys = dict(_keys(JobSpec))
+    section, leaf = ".".join(str(part) for part in loc[:-1]), str(loc[-1])
+    siblings = {name.rpartition(".")[2]: name for name in keys if name.rpartition(".")[0] == section}
+    anywhere = {name.rpartition(".")[2]: name for name in keys}
+    for names in (siblings, anywhere):
+        close = difflib.get_close_matches(leaf, names, n=1, cutoff=0.6)
+        if close:
+            return names[close[0]]
+    return None
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for name, field in model.model_fields.items():
+        yield prefix + name, field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _keys(field.annotation, f"{prefix}{name}.")
