@@ -24,14 +24,22 @@ class _Section(BaseModel):
 class ModelSpec(_Section):
     """Which weights, and how they are held."""
 
-    checkpoint: str | None = Field(None, description="name (demo), folder, file, URI or hub id; None: the pipeline config's checkpoint_path")
-    pipeline_config: str | None = Field(None, description="path or URI of an official pipeline YAML; None: the checkpoint folder's own")
+    checkpoint: str | None = Field(
+        None, description="name (demo), folder, file, URI or hub id; None: the pipeline config's checkpoint_path"
+    )
+    pipeline_config: str | None = Field(
+        None, description="path or URI of an official pipeline YAML; None: the checkpoint folder's own"
+    )
     precision: Precision = "auto"
     placement: Placement = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    llm_int8_threshold: float = Field(0.0, ge=0, description="bnb-int8 only: outlier threshold; 0 turns the decomposition off")
+    llm_int8_threshold: float = Field(
+        0.0, ge=0, description="bnb-int8 only: outlier threshold; 0 turns the decomposition off"
+    )
     skip_modules: tuple[str, ...] = Field((), description="more name patterns of linear layers that stay unquantised")
-    renderer: Literal["ltx", "fake"] = Field("ltx", description="fake renders colour bars and scripted faults, for tests")
+    renderer: Literal["ltx", "fake"] = Field(
+        "ltx", description="fake renders colour bars and scripted faults, for tests"
+    )
 
 
 class RowDefaults(_Section):
@@ -53,8 +61,11 @@ class RowDefaults(_Section):
 
 
 class VideoSpec(_Section):
-    """H.264 settings; part of the recipe."""
+    """How frames become a file; part of the recipe."""
 
+    codec: Literal["h264", "fake"] = Field(
+        "h264", description="fake writes a few bytes in place of a video, for scale runs"
+    )
     crf: int = Field(18, ge=0, le=51, description="constant rate factor: 0 lossless, 18 visually so, 51 worst")
     preset: str = Field("medium", description="x264 preset")
     threads: int = Field(1, ge=1, description="x264 threads; the bytes depend on it, so it is pinned")
@@ -63,10 +74,16 @@ class VideoSpec(_Section):
 class WorkerSpec(_Section):
     """What one actor holds."""
 
-    num_gpus: float | None = Field(None, ge=0, description="GPUs, whole or a fraction; None: 1 where the cluster has GPUs and the device allows, else 0")
+    num_gpus: float | None = Field(
+        None,
+        ge=0,
+        description="GPUs, whole or a fraction; None: 1 where the cluster has GPUs and the device allows, else 0",
+    )
     num_cpus: float = Field(1, gt=0)
     torch_threads: int = Field(1, ge=1, description="CPU threads of torch in one actor")
-    in_flight: int = Field(2, ge=1, description="units an actor holds: one renders, the others are fetched, encoded or uploaded")
+    in_flight: int = Field(
+        2, ge=1, description="units an actor holds: one renders, the others are fetched, encoded or uploaded"
+    )
     start_timeout_s: float = Field(1800, gt=0, description="time for the model to load")
 
 
@@ -75,13 +92,24 @@ class AttemptPolicy(_Section):
 
     max_attempts: int = Field(3, ge=1, description="tries of a row that raises a retryable error")
     max_deaths: int = Field(2, ge=1, description="processes a row may end, alone in them, before it is failed")
-    max_worker_deaths: int = Field(8, ge=1, description="deaths in a row without an ok render before a worker slot is given up")
-    timeout_s: float | None = Field(None, gt=0, description="seconds without progress before a worker is killed; None: learned, at least 600")
+    max_worker_deaths: int = Field(
+        8, ge=1, description="deaths in a row without an ok render before a worker slot is given up"
+    )
+    timeout_s: float | None = Field(
+        None,
+        gt=0,
+        description="seconds without progress before a worker is killed; None: ten times the predicted time, at least 600, and 3600 before the first clip",
+    )
 
 
 class StorageSpec(_Section):
-    single_writer: bool = Field(False, description="accept a store that ignores create-only writes: this driver must then be the only one")
-    options: dict[str, Any] = Field(default_factory=dict, description="fsspec options for every URI of the job, e.g. endpoint_url; keep secrets in the environment")
+    single_writer: bool = Field(
+        False, description="accept a store that ignores create-only writes: this driver must then be the only one"
+    )
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="fsspec options for every URI of the job, e.g. endpoint_url; keep secrets in the environment",
+    )
 
 
 class JobSpec(_Section):
@@ -99,7 +127,9 @@ class JobSpec(_Section):
     video: VideoSpec = Field(default_factory=VideoSpec)
     attempts: AttemptPolicy = Field(default_factory=AttemptPolicy)
     stop_after_failures: int = Field(20, ge=1, description="failed rows before the first ok one that stop the run")
-    max_failed_fraction: float | None = Field(None, ge=0, le=1, description="share of failed rows, of at least 100 finished, that stops the run")
+    max_failed_fraction: float | None = Field(
+        None, ge=0, le=1, description="share of failed rows, of at least 100 finished, that stops the run"
+    )
     gpu_hour_price: float | None = Field(None, ge=0, description="price of one GPU-hour, for the cost in summaries")
     on_failed_rows: Literal["exit1", "exit0"] = "exit1"
     storage: StorageSpec = Field(default_factory=StorageSpec)
@@ -147,7 +177,9 @@ def _set(data: dict[str, Any], override: str) -> None:
 def _describe(fault: Any) -> str:
     where = ".".join(str(part) for part in fault["loc"])
     if fault["type"] != "extra_forbidden":
-        return f"{where}: {fault['msg']} (found {fault['input']!r})" if fault["type"] != "missing" else f"{where}: missing"
+        return (
+            f"{where}: {fault['msg']} (found {fault['input']!r})" if fault["type"] != "missing" else f"{where}: missing"
+        )
     near = _nearest(fault["loc"])
     return f"{where}: unknown key" + (f"; did you mean {near}?" if near else "")
 

@@ -1,0 +1,181 @@
+"""Admission: from shards of the manifest to rows that must be rendered.
+
+Everything here reads and nothing writes, so the next shard is prepared in a thread while the driver works on this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ltx_batch.books import OpenShard, record_of_line
+from ltx_batch.errors import InvalidRow, MediaError
+from ltx_batch.job import JobSpec
+from ltx_batch.ledger import Ledger
+from ltx_batch.manifest import Manifest, Row, Shard, hash_media, resolve_rows
+from ltx_batch.record import RenderRecord
+from ltx_batch.request import RenderRequest
+from ltx_batch.tally import Tally
+
+_THREADS = 16
+_EARLIER_RUNS = 8  # runs whose shards are joined before keys are looked up one by one
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedShard:
+    """A shard with what is known of its rows: `settled` need no render and have no key in flight, `wanted` have a key
+    (index, key, request, priority), and `known` holds the records that exist already. `reopened` ok lines of an earlier
+    epoch no longer hold."""
+
+    shard: OpenShard
+    settled: list[tuple[int, RenderRecord]] = field(default_factory=list)
+    wanted: list[tuple[int, str, RenderRequest, int]] = field(default_factory=list)
+    known: dict[str, RenderRecord] = field(default_factory=dict)
+    reopened: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Todo:
+    shard: Shard
+    epoch: int
+    previous: int | None  # the epoch whose ok lines are kept
+
+
+class Admission:
+    """Decides which shards are open in this call, and prepares them one after the other."""
+
+    def __init__(self, job: JobSpec, ledger: Ledger, manifest: Manifest, run: str, check_media: bool) -> None:
+        self.failed: dict[str, RenderRecord] = {}  # keys that failed in this call: their later twins fail with them
+        self._job, self._ledger, self._manifest, self._run = job, ledger, manifest, run
+        self._check_media = check_media
+        self._todo: list[_Todo] = []
+        self._epoch = 0
+        self._fresh = False
+        self._earlier: list[tuple[str, dict[str, int]]] = []
+        self._charged: dict[str, int] = {}
+
+    def count_finished(self, shards: Sequence[Shard], tally: Tally, *, retry: bool) -> int:
+        """Count the rows of finished shards; returns how many shards this call has to work on."""
+        finished = self._ledger.finished_shards(self._run)
+        counts = dict(zip(finished, self._threads(self._count_lines, finished.items()), strict=True))
+        again = {name for name, (_, failed) in counts.items() if self._check_media or (retry and failed)}
+        self._epoch = 1 + max((finished[name] for name in again), default=-1)
+        for shard in shards:
+            ok, failed = counts.get(shard.name, (0, 0))
+            if shard.name not in finished:
+                self._todo.append(_Todo(shard, self._epoch, None))
+            elif shard.name in again:
+                self._todo.append(_Todo(shard, self._epoch, finished[shard.name]))
+                tally.count_finished(ok, 0)
+            else:
+                tally.count_finished(ok, failed)
+        return len(self._todo)
+
+    def prepare(self, recipe: Mapping[str, Any], invalid: Mapping[tuple[str, int], str]) -> Iterator[PreparedShard]:
+        """Open shards in the manifest's order, one ahead of the caller."""
+        self._look_around()
+        with ThreadPoolExecutor(max_workers=1) as ahead:
+            pending = None
+            for todo in self._todo:
+                pending, ready = ahead.submit(self._prepare, todo, recipe, invalid), pending
+                if ready is not None:
+                    yield ready.result()
+            if pending is not None:
+                yield pending.result()
+
+    def attempt_of(self, key: str) -> int:
+        """The number of a key's next attempt; earlier drivers of this epoch count, and one try is always left."""
+        return min(1 + self._charged.get(key, 0), self._job.attempts.max_attempts)
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    def _look_around(self) -> None:
+        """What other runs and earlier drivers left in this output."""
+        others = [run for run in self._ledger.runs() if run != self._run]
+        attempts = self._ledger.attempts(self._run)
+        self._fresh = not others and not attempts and self._ledger.read_status(self._run) is None
+        self._earlier = [(run, self._ledger.finished_shards(run)) for run in others[-_EARLIER_RUNS:]]
+        for key, numbers in attempts.items():
+            facts = [self._ledger.read_attempt(self._run, key, number) for number in numbers]
+            self._charged[key] = sum(fact["charged"] and fact["epoch"] == self._epoch for fact in facts)
+
+    def _prepare(self, todo: _Todo, recipe: Mapping[str, Any], invalid: Mapping[tuple[str, int], str]) -> PreparedShard:
+        table = self._manifest.read(todo.shard)
+        rows = resolve_rows(table, manifest=self._manifest, shard=todo.shard, defaults=self._job.defaults)
+        lines = self._kept_lines(todo) if todo.previous is not None else [None] * len(rows)
+        prepared = PreparedShard(OpenShard(todo.shard, todo.epoch, table, rows, lines))
+        kept = sum(line is not None for line in lines)
+        requests = self._threads(self._with_hashes, rows)
+        for index, (row, request) in enumerate(zip(rows, requests, strict=True)):
+            reason = invalid.get((row.file, row.row)) or "; ".join(str(issue) for issue in row.issues)
+            line = lines[index]
+            if line is not None and (not self._check_media or self._still_holds(line, request, recipe)):
+                continue
+            prepared.shard.lines[index] = None
+            if reason or not isinstance(request, RenderRequest):
+                error = InvalidRow(reason) if reason else request
+                prepared.settled.append((index, _refused(error)))
+            else:
+                prepared.wanted.append((index, request.key(recipe), request, row.priority))
+        prepared.shard.left = len(prepared.settled) + len(prepared.wanted)
+        prepared.shard.closed = prepared.shard.left == 0
+        known = self._known(todo.shard, {key for _, key, _, _ in prepared.wanted})
+        return replace(prepared, known=known, reopened=kept + prepared.shard.left - len(rows))
+
+    def _kept_lines(self, todo: _Todo) -> list[dict[str, Any] | None]:
+        assert todo.previous is not None
+        table = self._ledger.read_shard(self._run, todo.shard.name, todo.previous)
+        ours = table.select([name for name in table.column_names if name.startswith("ltx_")])
+        return [line if line["ltx_status"] == "ok" else None for line in ours.to_pylist()]
+
+    def _still_holds(self, line: Mapping[str, Any], request: Any, recipe: Mapping[str, Any]) -> bool:
+        return isinstance(request, RenderRequest) and request.key(recipe) == line["ltx_key"]
+
+    def _with_hashes(self, row: Row) -> RenderRequest | MediaError | None:
+        if row.request is None or not row.request.conditions:
+            return row.request
+        try:
+            return hash_media(row.request, options=self._job.storage.options)
+        except MediaError as error:
+            return error
+
+    def _known(self, shard: Shard, keys: set[str]) -> dict[str, RenderRecord]:
+        """Records of `keys`: from the same shard of earlier runs, then by looking each of the others up."""
+        if self._fresh:
+            return {}
+        known: dict[str, RenderRecord] = {}
+        for run, finished in self._earlier:
+            if shard.name in finished:
+                lines = self._ledger.read_shard(run, shard.name, finished[shard.name]).to_pylist()
+                known |= {
+                    line["ltx_key"]: record_of_line(line)
+                    for line in lines
+                    if line["ltx_status"] == "ok" and line["ltx_key"] in keys
+                }
+        missing = sorted(keys - known.keys())
+        for key, record in zip(missing, self._threads(self._ledger.find, missing), strict=True):
+            if record is not None:
+                known[key] = replace(record, reused=True)
+        return known
+
+    def _count_lines(self, finished: tuple[str, int]) -> tuple[int, int]:
+        name, epoch = finished
+        statuses = self._ledger.read_shard(self._run, name, epoch, columns=["ltx_status"]).column("ltx_status")
+        ok = sum(status == "ok" for status in statuses.to_pylist())
+        return ok, len(statuses) - ok
+
+    def _threads(self, function: Any, items: Any) -> list[Any]:
+        with ThreadPoolExecutor(max_workers=_THREADS) as threads:
+            return list(threads.map(function, items))
+
+
+def _refused(error: Exception | None) -> RenderRecord:
+    """The record of a row that never became a request with a key."""
+    assert error is not None
+    return RenderRecord(
+        key="", status="failed", attempts=0, error_class=type(error).__name__, error=str(error), retryable=False
+    )

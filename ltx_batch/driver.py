@@ -1,0 +1,313 @@
+"""The driver: manifest -> schedule -> pool -> ledger -> summary.
+
+It may die at any moment. Workers commit clips by themselves, a finished shard is one create-only file, and the same
+command again finds both.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from ltx_batch.admission import Admission, PreparedShard
+from ltx_batch.books import Books, OpenShard
+from ltx_batch.errors import JobError, ManifestError, RunStopped
+from ltx_batch.job import JobSpec
+from ltx_batch.ledger import Ledger
+from ltx_batch.manifest import Manifest, validate
+from ltx_batch.pool import Died, Event, Finished, LocalPool, Pool, Started, StartFailed
+from ltx_batch.recipe import make_recipe, run_id
+from ltx_batch.record import RenderRecord
+from ltx_batch.renderer import tokenizer_file
+from ltx_batch.schedule import Breaker, Schedule, Task, Verdict
+from ltx_batch.storage import Storage, is_relative
+from ltx_batch.tally import Summary, Tally
+from ltx_batch.worker import WorkerPlan, open_output
+
+WINDOW_ROWS = 2000  # tasks that wait in memory: enough to group by shape, little enough to stay small
+_POLL_S = 0.5
+_HEARTBEAT_S = 10.0
+
+Listener = Callable[[Summary], None]
+
+
+@dataclass(frozen=True, slots=True)
+class RunOptions:
+    """How this call treats the run.
+
+    skip_invalid: bad rows are recorded as failed and the others rendered. retry: failed rows of finished shards are
+    tried again, in a new epoch. check_media: finished shards are looked at again, since their media may have changed.
+    """
+
+    skip_invalid: bool = False
+    retry: bool = False
+    check_media: bool = False
+
+
+def run(job: JobSpec, options: RunOptions | None = None, *, listen: Listener = lambda _: None) -> Summary:
+    """Render what is missing of a job. Raises UsageError before anything is started; RunStopped never: see `stopped`."""
+    return _Run(job, options or RunOptions(), listen).go()
+
+
+def check_paths(job: JobSpec) -> None:
+    """Raises JobError where a relative path would lie in the throw-away working directory of a Ray job."""
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
+        return
+    faults = [
+        f"{name}: {uri} is relative, and the working directory of a Ray job is a copy that is thrown away; "
+        f"give an absolute path or a URI with --{name}"
+        for name, uri in (("manifest", job.manifest), ("output", job.output))
+        if is_relative(uri)
+    ]
+    if faults:
+        raise JobError("\n".join(faults))
+
+
+@dataclass(slots=True)
+class _Run:
+    job: JobSpec
+    options: RunOptions
+    listen: Listener
+    drain: threading.Event = field(default_factory=threading.Event)
+    books: Books = field(default_factory=Books)
+    pool: Pool | None = None
+    started: bool = False
+    exhausted: bool = False
+    last_told_s: float = 0.0
+    last_beat_s: float = 0.0
+    # set by _open
+    ledger: Ledger = field(init=False)
+    storage: Storage = field(init=False)
+    manifest: Manifest = field(init=False)
+    recipe: dict[str, Any] = field(init=False)
+    run: str = field(init=False)
+    tally: Tally = field(init=False)
+    schedule: Schedule = field(init=False)
+    admission: Admission = field(init=False)
+    source: Iterator[PreparedShard] = field(init=False)
+
+    def go(self) -> Summary:
+        check_paths(self.job)
+        self._open()
+        if self._finished_before():
+            return self.tally.summary()
+        invalid = self._check()
+        self.storage.probe()
+        try:
+            self._freeze(invalid)
+            with _signals(self.drain):
+                stopped = self._loop()
+        finally:
+            if self.pool is not None:
+                self.pool.close()
+        return self._tell(stopped, final=True)
+
+    # before the first row
+
+    def _open(self) -> None:
+        self.storage = open_output(self.job)
+        self.ledger = Ledger(self.storage)
+        self.manifest = Manifest.open(self.job.manifest, options=self.job.storage.options)
+        self.recipe = make_recipe(self.job)
+        self.run = run_id(self.manifest.fingerprint(), self.recipe, self.job)
+        self.tally = Tally(self.run, self.manifest.rows, self.job.gpu_hour_price)
+        self.schedule = Schedule(self.job.attempts, self.ledger.find, in_flight=self.job.worker.in_flight)
+        self.admission = Admission(self.job, self.ledger, self.manifest, self.run, self.options.check_media)
+
+    def _finished_before(self) -> bool:
+        """Count finished shards; True where that is all there is to do."""
+        shards = list(self.manifest.shards(self.job.shard_rows))
+        reopened = self.admission.count_finished(shards, self.tally, retry=self.options.retry)
+        return not reopened
+
+    def _check(self) -> dict[tuple[str, int], str]:
+        """Look at every row; returns broken rules by file and row (only with skip_invalid), else raises."""
+        found = validate(self.manifest, self.job, tokenizer=tokenizer_file(self.job.model.checkpoint))
+        whole = [issue for issue in found.errors if issue.row is None]
+        if whole or (found.errors and not self.options.skip_invalid):
+            raise ManifestError(found.errors)
+        invalid: dict[tuple[str, int], str] = {}
+        for issue in found.errors:
+            place = (issue.file, issue.row or 0)
+            text = f"{issue.column}: {issue.rule}" if issue.column else issue.rule
+            invalid[place] = f"{invalid[place]}; {text}" if place in invalid else text
+        return invalid
+
+    def _freeze(self, invalid: dict[tuple[str, int], str]) -> None:
+        """Resolve `auto` once: the first driver of a run writes it down, and the others read it."""
+        asked = self.ledger.read_run(self.run)
+        if asked is None:
+            precision = self._pool().resolve_precision()
+            described = {
+                "run": self.run,
+                "job": self.job.model_dump(mode="json", exclude={"storage": {"options"}}),
+                "recipe": self.recipe,
+                "precision": precision,
+                "manifest": self.manifest.fingerprint(),
+            }
+            asked = self.ledger.open_run(self.run, described)
+        self.recipe = {**self.recipe, "precision": asked["precision"]}
+        self.source = self.admission.prepare(self.recipe, invalid)
+
+    def _pool(self) -> Pool:
+        if self.pool is None:
+            self.pool = open_pool(self.job)
+            if self.storage.is_local and self.pool.nodes > 1:
+                raise JobError(
+                    f"output {self.job.output} is a local path and the cluster has {self.pool.nodes} nodes: each would "
+                    "write to its own disk; use object storage, e.g. --output s3://bucket/prefix"
+                )
+        return self.pool
+
+    # rows
+
+    def _loop(self) -> str | None:
+        """Until every row is settled; returns the reason where it ended before that."""
+        breaker = Breaker(self.job.stop_after_failures, self.job.max_failed_fraction)
+        try:
+            while not self._done():
+                self._feed()
+                self._hand_out()
+                for event in self._wait():
+                    self._handle(event)
+                self._kill_overdue()
+                self._tell(None)
+                if reason := breaker.tripped(self.tally.ok, self.tally.failed):
+                    raise RunStopped(reason)
+        except RunStopped as reason:
+            return str(reason)
+        return (
+            "drained on a signal; the same command again goes on" if self.drain.is_set() and len(self.books) else None
+        )
+
+    def _done(self) -> bool:
+        if self.drain.is_set():
+            self.schedule.withdraw()
+            return self.schedule.busy == 0
+        return self.exhausted and self.schedule.waiting == 0 and self.schedule.busy == 0
+
+    def _feed(self) -> None:
+        while not self.drain.is_set() and not self.exhausted and self.schedule.waiting < WINDOW_ROWS:
+            prepared = next(self.source, None)
+            if prepared is None:
+                self.exhausted = True
+            else:
+                self._admit(prepared)
+
+    def _admit(self, prepared: PreparedShard) -> None:
+        """Settle what is known of a shard and queue the rest; a key that somebody waits for is not queued again."""
+        self.tally.ok -= prepared.reopened
+        tasks = []
+        for index, record in prepared.settled:
+            self._settle_row(prepared.shard, index, record)
+        for index, key, request, priority in prepared.wanted:
+            known = prepared.known.get(key) or self.admission.failed.get(key)
+            if self.books.expect(key, prepared.shard, index):
+                if known is not None:
+                    self._book(Verdict((known,)))
+                else:
+                    tasks.append(Task(key, request, priority, self.admission.attempt_of(key)))
+        self.schedule.add(tasks, self.job.batch_size)
+        self._close_if_complete(prepared.shard)
+
+    def _hand_out(self) -> None:
+        if self.schedule.waiting and not self.started:
+            self._pool().start(WorkerPlan(self.job, self.recipe, self.recipe["precision"]))
+            self.started = True
+        for worker in self.schedule.ready_workers:
+            while (unit := self.schedule.next(worker, time.monotonic())) is not None:
+                self._pool().submit(worker, unit)
+
+    def _wait(self) -> list[Event]:
+        return self._pool().wait(_POLL_S) if self.started and not self._done() else []
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Started(worker):
+                self.schedule.started(worker)
+            case Finished(worker, unit, records):
+                self._book(self.schedule.finished(worker, unit, records, time.monotonic()))
+            case Died(worker, cause, message):
+                self._book(self.schedule.died(worker, cause, message))
+                self._restart(worker, message)
+            case StartFailed(worker, message, permanent):
+                if permanent:
+                    raise RunStopped(f"no worker can start: {message}")
+                self.schedule.failed_start(worker)
+                self._restart(worker, message)
+
+    def _restart(self, worker: str, message: str) -> None:
+        if self.schedule.may_restart(worker):
+            self._pool().restart(worker)
+        elif self.schedule.stranded:
+            raise RunStopped(f"every worker died too often (attempts.max_worker_deaths); the last: {message}")
+
+    def _kill_overdue(self) -> None:
+        for worker in self.schedule.overdue(time.monotonic()):
+            self._pool().kill(worker, "timeout", "no progress within the row's time (attempts.timeout_s)")
+
+    # books
+
+    def _book(self, verdict: Verdict) -> None:
+        for key, facts in verdict.attempts:
+            self.ledger.add_attempt(self.run, key, {**facts, "epoch": self.admission.epoch})
+        for record in verdict.records:
+            if not record.ok:
+                self.admission.failed[record.key] = record
+            for shard, own in self.books.settle(record):
+                self.tally.count(own)
+                self._close_if_complete(shard)
+
+    def _settle_row(self, shard: OpenShard, index: int, record: RenderRecord) -> None:
+        shard.settle(index, record)
+        self.tally.count(record)
+
+    def _close_if_complete(self, shard: OpenShard) -> None:
+        if shard.left == 0 and not shard.closed:
+            shard.closed = True
+            self.ledger.write_shard(self.run, shard.shard.name, shard.epoch, shard.finished_table())
+
+    def _tell(self, stopped: str | None, *, final: bool = False) -> Summary:
+        summary = self.tally.summary(workers=len(self.schedule.ready_workers), stopped=stopped)
+        now_s = time.monotonic()
+        if final or now_s - self.last_told_s >= _POLL_S:
+            self.last_told_s = now_s
+            self.listen(summary)
+        if final or now_s - self.last_beat_s >= _HEARTBEAT_S:
+            self.last_beat_s = now_s
+            self.ledger.write_status(self.run, {**summary.as_dict(), "at_unix_s": round(time.time(), 3)})
+        return summary
+
+
+def open_pool(job: JobSpec) -> Pool:
+    if job.workers == 0:
+        return LocalPool(job.model.precision, job.model.device, job.worker.in_flight)
+    from ltx_batch.ray_pool import RayPool
+
+    return RayPool(job)
+
+
+@contextmanager
+def _signals(drain: threading.Event) -> Iterator[None]:
+    """The first SIGINT or SIGTERM drains; the second ends the process with 130 or 143."""
+
+    def on_signal(number: int, frame: Any) -> None:
+        if drain.is_set():
+            os._exit(128 + number)
+        drain.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

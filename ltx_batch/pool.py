@@ -1,0 +1,128 @@
+"""Where units are worked on: the mechanism below the schedule's policy.
+
+A pool has slots, each with one worker. It starts workers, hands them units and reports what happens; it decides nothing.
+"""
+
+from __future__ import annotations
+
+import queue
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ltx_batch.errors import RunStopped
+from ltx_batch.record import RenderRecord
+from ltx_batch.renderer import resolve_precision
+from ltx_batch.schedule import Cause, WorkUnit
+from ltx_batch.worker import Worker, WorkerPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A slot's worker is ready for units; `about` is `Worker.describe()`."""
+
+    worker: str
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StartFailed:
+    """A slot's worker could not be made ready. `permanent`: no other try on this machine or another can help."""
+
+    worker: str
+    message: str
+    permanent: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A unit came back, with one record for each of its tasks in order."""
+
+    worker: str
+    unit: int
+    records: list[RenderRecord]
+
+
+@dataclass(frozen=True, slots=True)
+class Died:
+    """A slot's process ended; whatever it held is lost unless it was committed."""
+
+    worker: str
+    cause: Cause
+    message: str
+
+
+Event = Started | StartFailed | Finished | Died
+
+
+class Pool(Protocol):
+    nodes: int
+
+    def resolve_precision(self) -> str:
+        """The precision that the job's `auto` means on this pool's devices."""
+        ...
+
+    def start(self, plan: WorkerPlan) -> None:
+        """Begin to make every slot's worker ready; each reports Started or StartFailed."""
+        ...
+
+    def submit(self, worker: str, unit: WorkUnit) -> None: ...
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        """What happened, in the order it did; empty after `timeout_s`."""
+        ...
+
+    def kill(self, worker: str, cause: Cause, message: str) -> None:
+        """End a worker's process; Died follows."""
+        ...
+
+    def restart(self, worker: str) -> None:
+        """Give a slot that reported Died or StartFailed a new worker."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class LocalPool:
+    """One worker, in this process: `workers: 0`. A row that ends its process ends the run, and a hang cannot be cured."""
+
+    nodes = 1
+    _NAME = "local"
+
+    def __init__(self, precision: str, device: str, in_flight: int) -> None:
+        self._precision, self._device = precision, device
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._threads = ThreadPoolExecutor(max_workers=in_flight)
+        self._worker: Worker | None = None
+
+    def resolve_precision(self) -> str:
+        return resolve_precision(self._precision, self._device)
+
+    def start(self, plan: WorkerPlan) -> None:
+        self._worker = Worker(plan)
+        self._events.put(Started(self._NAME, self._worker.describe()))
+
+    def submit(self, worker: str, unit: WorkUnit) -> None:
+        assert self._worker is not None
+        future = self._threads.submit(self._worker.run, unit)
+        future.add_done_callback(lambda done: self._events.put(Finished(worker, unit.id, done.result())))
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        try:
+            events = [self._events.get(timeout=timeout_s)]
+        except queue.Empty:
+            return []
+        while not self._events.empty():
+            events.append(self._events.get())
+        return events
+
+    def kill(self, worker: str, cause: Cause, message: str) -> None:
+        raise RunStopped(f"{message}; this run has no process of its own for its worker (workers: 0), so it ends here")
+
+    def restart(self, worker: str) -> None:
+        raise RunStopped("a worker in this process cannot be restarted")
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._worker is not None:
+            self._worker.close()

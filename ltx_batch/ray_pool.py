@@ -1,0 +1,218 @@
+"""RayPool: one Ray actor a slot. Ray Core actors and our own schedule, not Ray Data: rows last minutes, differ in
+length, and must commit and fail one by one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from ltx_batch.errors import JobError, UsageError
+from ltx_batch.job import JobSpec
+from ltx_batch.pool import Died, Event, Finished, Started, StartFailed
+from ltx_batch.renderer import resolve_precision
+from ltx_batch.schedule import Cause, WorkUnit
+from ltx_batch.worker import Worker, WorkerPlan
+
+_LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # records and requests only: no video goes through the object store
+_PLACED, _READY = -2, -1  # in place of a unit's id: the actor has a process; its model is loaded
+
+
+class RenderActor:
+    """The actor's body: a Worker, or the reason why there is none."""
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        self._plan = plan
+        self._worker: Worker | None = None
+
+    def load(self) -> dict[str, Any]:
+        self._worker = Worker(self._plan)
+        return self._worker.describe()
+
+    def run(self, unit: WorkUnit) -> list[Any]:
+        assert self._worker is not None
+        return self._worker.run(unit)
+
+
+class RayPool:
+    """Actors with whole or fractional GPUs, or CPUs. Connects to RAY_ADDRESS, else starts Ray on this machine."""
+
+    def __init__(self, job: JobSpec) -> None:
+        self._job = job
+        self._actors: dict[str, Any] = {}
+        self._refs: dict[Any, tuple[str, int]] = {}
+        self._pending: list[Event] = []
+        self._started_s: dict[str, float] = {}
+        self._plan: WorkerPlan | None = None
+        self._own_cluster = connect()
+        self.nodes = _alive_nodes()
+        self._resources = _resources(job)
+        self.slots = tuple(f"actor-{i}" for i in range(_count(job, self._resources)))
+
+    def resolve_precision(self) -> str:
+        import ray
+
+        if self._job.model.precision != "auto":
+            return resolve_precision(self._job.model.precision, self._job.model.device)
+        probe = ray.remote(resolve_precision).options(**self._resources, max_retries=3)
+        return str(ray.get(probe.remote("auto", self._job.model.device)))
+
+    def start(self, plan: WorkerPlan) -> None:
+        self._plan = plan
+        for slot in self.slots:
+            self.restart(slot)
+
+    def restart(self, worker: str) -> None:
+        import ray
+
+        # One more thread than units, so that a call that asks for nothing heavy never waits for a render.
+        actor_class = ray.remote(RenderActor).options(
+            **self._resources, max_restarts=0, max_task_retries=0, max_concurrency=self._job.worker.in_flight + 1
+        )
+        actor = actor_class.remote(self._plan)
+        self._actors[worker] = actor
+        self._refs[actor.__ray_ready__.remote()] = (worker, _PLACED)
+
+    def submit(self, worker: str, unit: WorkUnit) -> None:
+        self._refs[self._actors[worker].run.remote(unit)] = (worker, unit.id)
+
+    def wait(self, timeout_s: float) -> list[Event]:
+        import ray
+
+        events, self._pending = self._pending, []
+        if events or not self._refs:
+            if not events:
+                time.sleep(timeout_s)
+            return events
+        done, rest = ray.wait(list(self._refs), num_returns=1, timeout=timeout_s)
+        if done and rest:
+            done += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+        for ref in done:
+            events += self._collect(ref)
+        return events + self._overdue_starts()
+
+    def kill(self, worker: str, cause: Cause, message: str) -> None:
+        self._end(worker)
+        self._pending.append(Died(worker, cause, message))
+
+    def close(self) -> None:
+        import ray
+
+        for worker in list(self._actors):
+            self._end(worker)
+        if self._own_cluster:
+            ray.shutdown()
+
+    def _collect(self, ref: Any) -> list[Event]:
+        import ray
+
+        if ref not in self._refs:  # another call of the same actor reported its death already
+            return []
+        worker, unit = self._refs.pop(ref)
+        try:
+            result = ray.get(ref)
+        except ray.exceptions.RayTaskError as error:
+            self._end(worker)
+            cause = error.as_instanceof_cause()
+            message = f"{type(cause).__name__}: {error.cause}" if unit == _READY else str(error)
+            if unit == _READY:
+                return [StartFailed(worker, message, isinstance(cause, UsageError))]
+            return [Died(worker, "crash", message)]
+        except ray.exceptions.RayError as error:
+            self._end(worker)
+            return [_death(worker, error, starting=unit in (_PLACED, _READY))]
+        if unit == _PLACED:
+            self._started_s[worker] = time.monotonic()
+            self._refs[self._actors[worker].load.remote()] = (worker, _READY)
+            return []
+        return [Started(worker, result) if unit == _READY else Finished(worker, unit, result)]
+
+    def _overdue_starts(self) -> list[Event]:
+        """Actors whose model does not get loaded. One that still waits for a place in the cluster is well."""
+        events: list[Event] = []
+        limit_s = self._job.worker.start_timeout_s
+        for worker, unit in list(self._refs.values()):
+            if unit == _READY and time.monotonic() - self._started_s[worker] > limit_s:
+                self._end(worker)
+                events.append(StartFailed(worker, f"not ready after {limit_s:g} s (worker.start_timeout_s)", False))
+        return events
+
+    def _end(self, worker: str) -> None:
+        import ray
+
+        self._refs = {ref: place for ref, place in self._refs.items() if place[0] != worker}
+        actor = self._actors.pop(worker, None)
+        if actor is not None:
+            ray.kill(actor)
+
+
+def connect() -> bool:
+    """Connect to the Ray of RAY_ADDRESS, or start one here. True: it is ours to shut down."""
+    import ray
+
+    if ray.is_initialized():
+        return False
+    on_sigterm = signal.getsignal(signal.SIGTERM)  # ray.init puts its own handler there
+    if address := os.environ.get("RAY_ADDRESS"):
+        check_address(os.environ)
+        ray.init(address=address, log_to_driver=False)
+    else:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+        )
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)
+    return True
+
+
+def check_address(environment: Mapping[str, str]) -> None:
+    """Raises JobError where RAY_ADDRESS holds the job API's address, which a driver cannot connect to."""
+    address = environment.get("RAY_ADDRESS", "")
+    if address.startswith(("http://", "https://")):
+        raise JobError(
+            f"RAY_ADDRESS={address} is the address of Ray's job API, and this driver runs here: unset RAY_ADDRESS and "
+            f"hand the job over with `python submit.py JOB.yaml --address {address}`"
+        )
+
+
+def _alive_nodes() -> int:
+    import ray
+
+    return sum(node["Alive"] for node in ray.nodes())
+
+
+def _resources(job: JobSpec) -> dict[str, float]:
+    import ray
+
+    gpus = job.worker.num_gpus
+    if gpus is None:
+        use_gpu = job.model.device != "cpu" and job.model.renderer != "fake"
+        gpus = 1 if use_gpu and ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    return {"num_cpus": job.worker.num_cpus, "num_gpus": gpus}
+
+
+def _count(job: JobSpec, resources: Mapping[str, float]) -> int:
+    import ray
+
+    if job.workers != "auto":
+        return int(job.workers)
+    cluster = ray.cluster_resources()
+    kind, name = ("GPU", "num_gpus") if resources["num_gpus"] else ("CPU", "num_cpus")
+    return max(1, int(cluster.get(kind, 0) / resources[name]))
+
+
+def _death(worker: str, error: Exception, *, starting: bool) -> Event:
+    """A lost node or a preemption is nobody's fault; any other death is a crash."""
+    import ray
+
+    message = str(error).strip()
+    node_lost = isinstance(error, ray.exceptions.NodeDiedError) or "node has died" in message.lower()
+    if getattr(error, "preempted", False) or node_lost:
+        return Died(worker, "preempted", message)
+    return StartFailed(worker, message, False) if starting else Died(worker, "crash", message)

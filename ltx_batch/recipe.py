@@ -1,0 +1,51 @@
+"""What a job adds to a row's key, and the identity of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ltx_batch.job import JobSpec
+from ltx_batch.record import SCHEMA_VERSION
+from ltx_batch.renderer import checkpoint_fingerprint
+from ltx_batch.request import canonical
+from ltx_batch.storage import read_uri
+
+
+def make_recipe(job: JobSpec) -> dict[str, Any]:
+    """The recipe with the precision as asked for; no GPU is needed, only the checkpoint's files."""
+    model = job.model
+    recipe: dict[str, Any] = {
+        "schema": SCHEMA_VERSION,
+        "precision": model.precision,
+        "condition_preprocess": job.condition_preprocess,
+        "video": job.video.model_dump(),
+    }
+    if model.renderer == "fake":
+        recipe["renderer"] = "fake"
+    else:
+        recipe["checkpoint"] = checkpoint_fingerprint(model.checkpoint or "", options=job.storage.options)
+    if model.pipeline_config is not None:
+        config = read_uri(model.pipeline_config, options=job.storage.options)
+        recipe["pipeline_config"] = hashlib.sha256(config).hexdigest()
+    if model.precision == "bnb-int8":
+        recipe["llm_int8_threshold"] = model.llm_int8_threshold
+    if model.skip_modules:
+        recipe["skip_modules"] = sorted(model.skip_modules)
+    return recipe
+
+
+def run_id(manifest: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any], job: JobSpec) -> str:
+    """16 hex digits that name a run: the manifest files' bytes, the recipe as asked for, and the job's row defaults.
+
+    Where files lie is not in it: a copied manifest is the same run. `shard_rows` is, since shards are named by it.
+    """
+    identity = {
+        "manifest": [[part["sha256"], part["rows"]] for part in manifest],
+        "recipe": canonical(recipe),
+        "defaults": canonical(job.defaults.model_dump()),
+        "shard_rows": job.shard_rows,
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

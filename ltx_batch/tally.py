@@ -1,0 +1,96 @@
+"""Counts of a run while it goes, and what is told of them: heartbeat, progress line, summary."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ltx_batch.record import RenderRecord
+
+_TOP_ERRORS = 5
+_MESSAGE_CHARS = 160
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run came to. `rendered` and `gpu_seconds` are this call's; `cost` is null without a price."""
+
+    run: str
+    rows: int
+    ok: int
+    failed: int
+    rendered: int
+    reused: int
+    seconds: float
+    gpu_seconds: float
+    cost: float | None
+    rows_per_s: float = 0.0
+    eta_s: float | None = None
+    workers: int = 0
+    top_errors: tuple[tuple[str, int], ...] = ()
+    stopped: str | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0 all ok, 1 failed rows, 3 ended before the last row (`on_failed_rows` is applied by the command line)."""
+        return 3 if self.stopped else 1 if self.failed else 0
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(slots=True)
+class Tally:
+    run: str
+    rows: int
+    gpu_hour_price: float | None = None
+    ok: int = 0
+    failed: int = 0
+    rendered: int = 0
+    gpu_seconds: float = 0.0
+    errors: Counter[str] = field(default_factory=Counter)
+    started_s: float = field(default_factory=time.monotonic)
+    first_s: float | None = None
+
+    def count_finished(self, ok: int, failed: int) -> None:
+        """Rows that an earlier call settled."""
+        self.ok += ok
+        self.failed += failed
+
+    def count(self, record: RenderRecord) -> None:
+        """A row that this call settled."""
+        if record.ok:
+            self.ok += 1
+        else:
+            self.failed += 1
+            first_line = (record.error or "").partition("\n")[0]
+            self.errors[f"{record.error_class}: {first_line}"[:_MESSAGE_CHARS]] += 1
+        if record.ok and not record.reused:
+            self.rendered += 1
+            self.gpu_seconds += record.gpu_seconds
+            self.first_s = self.first_s or time.monotonic()
+
+    def summary(self, *, workers: int = 0, stopped: str | None = None) -> Summary:
+        seconds = time.monotonic() - self.started_s
+        active = seconds if self.first_s is None else time.monotonic() - self.first_s
+        rate = (self.rendered - 1) / active if self.rendered > 1 and active > 0 else 0.0
+        left = self.rows - self.ok - self.failed
+        price = self.gpu_hour_price
+        return Summary(
+            run=self.run,
+            rows=self.rows,
+            ok=self.ok,
+            failed=self.failed,
+            rendered=self.rendered,
+            reused=self.ok - self.rendered,
+            seconds=round(seconds, 3),
+            gpu_seconds=round(self.gpu_seconds, 3),
+            cost=None if price is None else round(self.gpu_seconds / 3600 * price, 4),
+            rows_per_s=round(rate, 3),
+            eta_s=round(left / rate, 1) if rate and left else None,
+            workers=workers,
+            top_errors=tuple(self.errors.most_common(_TOP_ERRORS)),
+            stopped=stopped,
+        )

@@ -1,0 +1,228 @@
+"""One worker: a loaded renderer that turns units into committed clips. Knows no Ray.
+
+`run` may be called from several threads: rendering is one at a time, while other units fetch their media, encode or
+upload. That is the whole of the overlap between the GPU and the rest.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import socket
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ltx_batch.clip import Clip
+from ltx_batch.errors import LtxBatchError, MediaError
+from ltx_batch.job import JobSpec
+from ltx_batch.ledger import Ledger
+from ltx_batch.media import read_media, write_video
+from ltx_batch.record import RenderRecord
+from ltx_batch.renderer import Renderer, load_renderer
+from ltx_batch.request import Condition, RenderRequest
+from ltx_batch.schedule import Task, WorkUnit
+from ltx_batch.storage import Storage, fetch_uri
+
+_VERSIONED = ("ltx-batch", "torch", "diffusers", "transformers", "bitsandbytes", "imageio-ffmpeg", "numpy")
+_MESSAGE_CHARS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    """All that a worker is told. `precision` is resolved; a worker that cannot honour it refuses to start."""
+
+    job: JobSpec
+    recipe: Mapping[str, Any]
+    precision: str
+
+
+class Worker:
+    """Loads the renderer; raises UsageError where the plan cannot be honoured here."""
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        os.environ["OMP_NUM_THREADS"] = str(plan.job.worker.torch_threads)  # read when torch is first imported
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
+        self._plan = plan
+        self._ledger = Ledger(open_output(plan.job))
+        self._scratch = tempfile.TemporaryDirectory(prefix="ltx_batch-")
+        self._rendering = threading.Lock()
+        started_s = time.perf_counter()
+        self._renderer = open_renderer(plan)
+        self.load_s = time.perf_counter() - started_s
+        self._versions = _versions()
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "worker": self.name,
+            "device": self._renderer.device,
+            "precision": self._renderer.precision,
+            "weights_bytes": dict(self._renderer.weights_bytes),
+            "load_s": self.load_s,
+        }
+
+    def run(self, unit: WorkUnit) -> list[RenderRecord]:
+        """Render, encode and commit a unit: one record for each task, in order. Raises nothing: failures are records."""
+        records: dict[str, RenderRecord] = {}
+        ready: list[tuple[Task, RenderRequest, float]] = []
+        for task in unit.tasks:
+            with self._catch(task, records):
+                found = self._ledger.find(task.key)
+                if found is not None:
+                    records[task.key] = replace(found, reused=True)
+                    continue
+                started_s = time.perf_counter()
+                request = self._fetch(task.request)
+                ready.append((task, request, time.perf_counter() - started_s))
+        for task, clip, timings in self._render(ready, records):
+            with self._catch(task, records):
+                records[task.key] = self._commit(task, clip, timings)
+        return [records[task.key] for task in unit.tasks]
+
+    def close(self) -> None:
+        self._renderer.close()
+        self._scratch.cleanup()
+
+    def _fetch(self, request: RenderRequest) -> RenderRequest:
+        """The request with its conditioning media read into memory and checked against their hashes."""
+        return replace(request, conditions=tuple(self._load(condition) for condition in request.conditions))
+
+    def _load(self, condition: Condition) -> Condition:
+        if not isinstance(condition.media, str | Path):
+            return condition
+        with tempfile.TemporaryDirectory(dir=self._scratch.name) as folder:
+            target = Path(folder, Path(str(condition.media)).name)
+            try:
+                fetch_uri(str(condition.media), target, options=self._plan.job.storage.options)
+            except FileNotFoundError:
+                raise MediaError(f"{condition.media} does not exist") from None
+            digest = hashlib.sha256(target.read_bytes()).hexdigest()
+            if condition.media_sha256 not in (None, digest):
+                raise MediaError(
+                    f"{condition.media} has sha256 {digest}, not {condition.media_sha256}: it changed after it was hashed"
+                )
+            return replace(condition, media=read_media(target), media_sha256=digest)
+
+    def _render(
+        self, ready: list[tuple[Task, RenderRequest, float]], records: dict[str, RenderRecord]
+    ) -> list[tuple[Task, Clip, dict[str, float]]]:
+        if not ready:
+            return []
+        try:
+            with self._rendering:
+                started_s = time.perf_counter()
+                clips = self._renderer.render([request for _, request, _ in ready])
+                render_s = (time.perf_counter() - started_s) / len(ready)
+        except Exception as error:
+            records |= {task.key: self._failure(task, error) for task, _, _ in ready}
+            return []
+        return [
+            (task, clip, {**clip.timings, "fetch": fetch_s, "render": render_s})
+            for (task, _, fetch_s), clip in zip(ready, clips, strict=True)
+        ]
+
+    def _commit(self, task: Task, clip: Clip, timings: dict[str, float]) -> RenderRecord:
+        with tempfile.TemporaryDirectory(dir=self._scratch.name) as folder:
+            video = Path(folder, f"{task.key}.mp4")
+            started_s = time.perf_counter()
+            metadata = {
+                "ltx_batch_key": task.key,
+                "ltx_batch_recipe": json.dumps(dict(self._plan.recipe), sort_keys=True),
+            }
+            write_video(clip, video, self._plan.job.video, metadata=metadata)
+            timings["encode"] = time.perf_counter() - started_s
+            return self._ledger.commit(self._record(task, clip, timings), video)
+
+    def _record(self, task: Task, clip: Clip, timings: dict[str, float]) -> RenderRecord:
+        frames, height, width, _ = clip.frames.shape
+        on_gpu = self._renderer.device not in ("cpu", "fake")
+        gpus = self._plan.job.worker.num_gpus
+        return RenderRecord(
+            key=task.key,
+            status="ok",
+            frames_sha256=clip.frames_sha256(),
+            num_frames=frames,
+            height=height,
+            width=width,
+            frame_rate=clip.frame_rate,
+            attempts=task.attempt,
+            attempt_id=uuid.uuid4().hex,
+            timings={name: round(seconds, 4) for name, seconds in timings.items()},
+            gpu_seconds=timings["render"] * (1 if gpus is None else gpus) if on_gpu else 0.0,
+            peak_bytes=clip.peak_bytes,
+            ran=clip.ran,
+            degraded=bool(clip.ran.get("degraded")),
+            worker=self.name,
+            device=self._renderer.device,
+            versions=self._versions,
+            finished_at=_now(),
+        )
+
+    @contextmanager
+    def _catch(self, task: Task, records: dict[str, RenderRecord]) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            records[task.key] = self._failure(task, error)
+
+    def _failure(self, task: Task, error: Exception) -> RenderRecord:
+        # The last frames of a foreign error say where it arose; ours say what to do in their message.
+        place = "" if isinstance(error, LtxBatchError) else "".join(traceback.format_tb(error.__traceback__)[-2:])
+        return RenderRecord(
+            key=task.key,
+            status="failed",
+            attempts=task.attempt,
+            error_class=type(error).__name__,
+            error=f"{error}\n{place}".strip()[:_MESSAGE_CHARS],
+            retryable=getattr(error, "retryable", True),
+            worker=self.name,
+            device=self._renderer.device,
+            versions=self._versions,
+            finished_at=_now(),
+        )
+
+
+def open_output(job: JobSpec) -> Storage:
+    return Storage(job.output, options=job.storage.options, single_writer=job.storage.single_writer)
+
+
+def open_renderer(plan: WorkerPlan) -> Renderer:
+    model = plan.job.model
+    if model.renderer == "fake":
+        from ltx_batch.fake import FakeRenderer
+
+        return FakeRenderer(plan.precision)
+    return load_renderer(
+        model.checkpoint or "",
+        precision=plan.precision,
+        device=model.device,
+        pipeline_config=model.pipeline_config,
+        placement=model.placement,
+        condition_preprocess=plan.job.condition_preprocess,
+        llm_int8_threshold=model.llm_int8_threshold,
+        skip_modules=model.skip_modules,
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _VERSIONED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
