@@ -77,27 +77,33 @@ def patiently(uri: str, operation: Callable[[], T]) -> T:
         raise _explained(uri, error) from error
 
 
-def refusal(uri: str, error: Exception) -> StorageRefused | None:
+def _explained(uri: str, error: Exception) -> Exception:
+    """The same fault with the URI in its message; libraries say "The specified key does not exist." and no more."""
+    if _exists_already(error):
+        return FileExistsError(uri)
+    if refused := _refusal(uri, error):
+        return refused
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return type(error)(f"{uri}: {error}")
+    return error
+
+
+def _refusal(uri: str, error: Exception) -> StorageRefused | None:
     """What to tell a user whose store cannot be used at all; None for a fault of one object."""
+    place = "/".join(uri.split("/")[:3])
     if any(type(fault).__name__ in ("NoCredentialsError", "PartialCredentialsError") for fault in _causes(error)):
         return StorageRefused(
-            f"{uri}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role, "
+            f"{place}: no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile or a role, "
             "or `storage.options: {anon: true}` for a public bucket"
         )
     if _code(error) == "NoSuchBucket":
-        return StorageRefused(f"{uri}: there is no such bucket; create it, or mend the name")
+        return StorageRefused(f"{place}: there is no such bucket; create it, or mend the name")
     return None
 
 
-def exists_already(error: Exception) -> bool:
+def _exists_already(error: Exception) -> bool:
     """Whether a create-only write was refused because the name is taken (HTTP 412, under any library's name)."""
     return isinstance(error, FileExistsError) or _status(error) == 412
-
-
-def _explained(uri: str, error: Exception) -> Exception:
-    if exists_already(error):
-        return FileExistsError(uri)
-    return refusal(uri, error) or error
 
 
 def _passes(error: Exception) -> bool:
