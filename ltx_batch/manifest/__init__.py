@@ -1,7 +1,20 @@
 """Manifests: Parquet, CSV or JSONL files whose rows become render requests."""
 
 from ltx_batch.manifest.columns import COLUMNS, Column
+from ltx_batch.manifest.media import hash_media
 from ltx_batch.manifest.read import Manifest, Shard
 from ltx_batch.manifest.rows import Row, resolve_rows, seed_of
+from ltx_batch.manifest.validation import Validation, validate
 
-__all__ = ["COLUMNS", "Column", "Manifest", "Row", "Shard", "resolve_rows", "seed_of"]
+__all__ = [
+    "COLUMNS",
+    "Column",
+    "Manifest",
+    "Row",
+    "Shard",
+    "Validation",
+    "hash_media",
+    "resolve_rows",
+    "seed_of",
+    "validate",
+]

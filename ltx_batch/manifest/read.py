@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow as pa
 
 from ltx_batch.errors import ManifestError, RowIssue
-from ltx_batch.manifest.sources import Options, Source, open_source, suffix
+from ltx_batch.manifest.sources import SOURCES, Options, Source, open_source, suffix
 from ltx_batch.storage import FileRef, expand, sha256_uri
 
-SUFFIXES = (".parquet", ".csv", ".jsonl")
+_SUFFIXES = tuple(f".{name}" for name in SOURCES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,8 @@ class Shard:
 class Manifest:
     """An open manifest. Holds no rows but those of the row group that was read last."""
 
-    def __init__(self, files: Sequence[FileRef], sources: Sequence[Source], options: Options) -> None:
+    def __init__(self, uri: str, files: Sequence[FileRef], sources: Sequence[Source], options: Options) -> None:
+        self.uri = uri
         self.files = tuple(files)
         self.options = options
         self.rows = sum(sum(source.groups) for source in sources)
@@ -49,22 +50,18 @@ class Manifest:
         that cannot be read or has wrong columns.
         """
         try:
-            files = expand(uri, suffixes=SUFFIXES, options=options)
-        except FileNotFoundError:
-            wanted = ", ".join(SUFFIXES)
-            raise _refused(
-                uri, f"no manifest there; give a file, folder or glob with files that end in {wanted}"
-            ) from None
-        formats = sorted({suffix(ref.uri) for ref in files})
-        if len(formats) > 1:
-            raise _refused(
-                uri,
-                f"holds {' and '.join(formats)} files; a manifest has one format: narrow it, e.g. {formats[0]} with *.{formats[0]}",
-            )
-        manifest = cls(files, _open_all(files, options), options)
+            files = expand(uri, suffixes=_SUFFIXES, options=options)
+        except FileNotFoundError as error:
+            raise _refused(uri, f"there is no manifest: {error}") from None
+        _one_format(uri, files)
+        manifest = cls(uri, files, _open_all(files, options), options)
         if manifest.rows == 0:
             raise _refused(uri, "has no rows")
         return manifest
+
+    def header(self, file: int) -> Sequence[str]:
+        """A file's column names; of JSONL, the keys of its first rows."""
+        return self._sources[file].header
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """What names the manifest: each file's `uri`, `size`, `sha256` and `rows`."""
@@ -93,6 +90,16 @@ class Manifest:
                 self._group = None  # let the old one go before the new one comes
                 self._group = (wanted, source.read(shard.row_group, columns))
             return self._group[1].slice(first, shard.rows)
+
+
+def _one_format(uri: str, files: Sequence[FileRef]) -> None:
+    formats = sorted({suffix(ref.uri) for ref in files})
+    unknown = [name for name in formats if name not in SOURCES]
+    if unknown:
+        raise _refused(uri, f"must end in {', '.join(_SUFFIXES)}; ends in .{unknown[0]}")
+    if len(formats) > 1:
+        found = " and ".join(formats)
+        raise _refused(uri, f"mixes {found} files; a manifest has one format, so name one kind: {uri}/*.{formats[0]}")
 
 
 def _open_all(files: Sequence[FileRef], options: Options) -> list[Source]:

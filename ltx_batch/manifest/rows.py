@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,17 +43,14 @@ def resolve_rows(
     manifest: Manifest,
     shard: Shard,
     defaults: RowDefaults,
-    duplicates: Mapping[tuple[int, int], str] | None = None,
 ) -> list[Row]:
     """The rows of a shard's table in order, with every default resolved.
 
     A row that breaks rules has no request and all its issues. No file is opened: media are full URIs, their hash is
-    the manifest's or None. `duplicates` is `Validation.duplicates`: which rows repeat a `row_id` shows only in the
-    whole manifest.
+    the manifest's or None. Which rows repeat a `row_id`, and which media are missing, is for `validate` to find.
     """
     file = manifest.files[shard.file].uri
     cells, faults = check(table, defaults)
-    faults += _repeated(shard, table.num_rows, duplicates or {})
     issues = defaultdict(list)
     for fault, issue in zip(faults, issues_of(table, cells, faults, file=file, offset=shard.offset), strict=True):
         issues[fault.row].append(issue)
@@ -68,15 +65,13 @@ def resolve_rows(
     return rows
 
 
-def issues_of(table: pa.Table, cells: Cells, faults: list[Fault], *, file: str, offset: int) -> list[RowIssue]:
+def issues_of(table: pa.Table, cells: Cells, faults: list[Fault], *, file: str, offset: int) -> Iterator[RowIssue]:
     """Faults with their place in the manifest, and the value as it stands there."""
     row_ids = cells.array("row_id")
-    issues = []
     for fault in faults:
         value = None if fault.column is None else _shown(_value(table, cells, fault.column, fault.row))
         row_id = row_ids[fault.row].as_py()
-        issues.append(RowIssue(file, offset + fault.row, row_id, fault.column, value, fault.rule))
-    return issues
+        yield RowIssue(file, offset + fault.row, row_id, fault.column, value, fault.rule)
 
 
 def _value(table: pa.Table, cells: Cells, name: str, row: int) -> Any:
@@ -122,11 +117,6 @@ def _conditions(values: Mapping[str, Any], folder: str) -> tuple[Condition, ...]
         Condition(join_uri(folder, path), start_frame=frame, strength=strength, media_sha256=sha256)
         for path, frame, strength, sha256 in zip(media, frames, strengths, hashes, strict=True)
     )
-
-
-def _repeated(shard: Shard, rows: int, duplicates: Mapping[tuple[int, int], str]) -> list[Fault]:
-    places = ((index, duplicates.get((shard.file, shard.offset + index))) for index in range(rows))
-    return [Fault(index, "row_id", rule) for index, rule in places if rule is not None]
 
 
 def _shown(value: Any) -> Any:

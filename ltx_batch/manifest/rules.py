@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ltx_batch.errors import JobError
 from ltx_batch.job import RowDefaults
 from ltx_batch.manifest.cells import Cells, Fault, Mask
 from ltx_batch.manifest.columns import COLUMNS, UNREADABLE
@@ -26,7 +27,22 @@ def check(table: pa.Table, defaults: RowDefaults) -> tuple[Cells, list[Fault]]:
     unreadable = _unreadable(table)
     lost = {fault.row for fault in unreadable}  # a line that is no row breaks no other rule
     faults = unreadable + [fault for fault in cells.faults if fault.row not in lost]
-    return cells, sorted(faults, key=lambda fault: (fault.row, _ORDER.get(fault.column or "", -1)))
+    return cells, in_order(faults)
+
+
+def in_order(faults: list[Fault]) -> list[Fault]:
+    """By row, within a row by the contract's order of columns."""
+    return sorted(faults, key=lambda fault: (fault.row, _ORDER.get(fault.column or "", -1)))
+
+
+def check_defaults(defaults: RowDefaults) -> None:
+    """Hold the job's own values against the rules of a row; raises JobError with every fault."""
+    values = {name: value for name, value in defaults.model_dump().items() if name in COLUMNS}
+    row = {name: pa.array([value], COLUMNS[name].type) for name, value in values.items()}
+    _, faults = check(pa.table({**row, "prompt": ["any"]}), defaults)
+    if faults:
+        lines = [f"  defaults.{fault.column} = {values.get(fault.column or '')!r}: {fault.rule}" for fault in faults]
+        raise JobError("\n".join([f"the job file breaks {len(faults)} rule(s) of a row:", *lines]))
 
 
 def _unreadable(table: pa.Table) -> list[Fault]:
@@ -37,7 +53,6 @@ def _unreadable(table: pa.Table) -> list[Fault]:
 
 
 def _check_texts(cells: Cells) -> None:
-    prompt = cells.array("prompt")
     missing = ~cells.present("prompt") & ~cells.bad("prompt")
     cells.flag("prompt", missing, "is missing")
     for name in ("prompt", "row_id"):

@@ -10,7 +10,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, BinaryIO, Protocol
 
 import pyarrow as pa
@@ -29,21 +29,24 @@ class Source(Protocol):
     """One file of a manifest. `groups` counts the rows of each row group; `read` gives one group as it is stored."""
 
     @property
+    def header(self) -> Sequence[str]: ...
+    @property
     def groups(self) -> Sequence[int]: ...
     def read(self, group: int, columns: Sequence[str] | None = None) -> pa.Table: ...
 
 
 def open_source(ref: FileRef, options: Options) -> Source:
     """Read what is needed to know a file's rows. Raises ManifestError where it cannot be read or its columns are wrong."""
-    opener = {"parquet": ParquetSource.open, "csv": CsvSource.open, "jsonl": JsonlSource.open}[suffix(ref.uri)]
     try:
-        return opener(ref, options)
+        return SOURCES[suffix(ref.uri)](ref, options)
     except (pa.ArrowException, OSError, csv.Error, UnicodeDecodeError) as error:
         raise ManifestError([RowIssue(ref.uri, None, None, None, None, f"cannot be read: {error}")]) from error
 
 
 def suffix(uri: str) -> str:
-    return uri.rpartition(".")[2].lower()
+    """`csv` of `s3://bucket/rows.csv?versionId=1`."""
+    path = uri.partition("?")[0] if "://" in uri else uri
+    return path.rpartition(".")[2].lower()
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class ParquetSource:
     ref: FileRef
     options: Options
     metadata: pq.FileMetaData
+    header: Sequence[str]
     groups: Sequence[int]
 
     @classmethod
@@ -60,14 +64,13 @@ class ParquetSource:
         schema = metadata.schema.to_arrow_schema()
         _refuse(check_names(ref.uri, schema.names) + check_types(ref.uri, schema))
         rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        return cls(ref, options, metadata, rows)
+        return cls(ref, options, metadata, schema.names, rows)
 
     def read(self, group: int, columns: Sequence[str] | None = None) -> pa.Table:
         with open_uri(self.ref.uri, options=self.options) as handle:
             # The footer is at hand, and one group is small: threads would only take cores from the workers.
             file = pq.ParquetFile(handle, metadata=self.metadata)
-            table = file.read_row_group(group, columns=columns, use_threads=False)
-        return table
+            return file.read_row_group(group, columns=columns, use_threads=False)
 
 
 @dataclass(frozen=True)
@@ -115,12 +118,13 @@ class CsvSource:
 class JsonlSource:
     """One JSON object a line, UTF-8; blank lines are no rows. Types are found for each row group by itself.
 
-    A column whose values disagree, or do not fit the contract, is held as JSON text (Arrow's `arrow.json` type), so
+    `header` holds the keys of the first group. A column whose values disagree, or do not fit the contract, is held as JSON text (Arrow's `arrow.json` type), so
     that each wrong cell can be named.
     """
 
     ref: FileRef
     options: Options
+    header: Sequence[str]
     groups: Sequence[int]
     starts: Sequence[int]
 
@@ -129,7 +133,8 @@ class JsonlSource:
         with open_uri(ref.uri, options=options) as handle:
             lines = _Lines(handle)
             groups, starts = _cut((line for line in lines if line.strip()), lines)
-        return cls(ref, options, groups, starts)
+        source = cls(ref, options, (), groups, starts)
+        return replace(source, header=source.read(0).column_names) if groups else source
 
     def read(self, group: int, columns: Sequence[str] | None = None) -> pa.Table:
         parsed = [_json_object(line) for line in _Lines(_range(self, group)) if line.strip()]
@@ -143,6 +148,13 @@ class JsonlSource:
         return _with_faults(pa.table(arrays), faults)
 
 
+SOURCES: Mapping[str, Callable[[FileRef, Options], Source]] = {
+    "parquet": ParquetSource.open,
+    "csv": CsvSource.open,
+    "jsonl": JsonlSource.open,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class _Unreadable:
     reason: str
@@ -151,8 +163,8 @@ class _Unreadable:
 class _Lines:
     """Lines of a binary stream; `offset` is the byte behind the last one that was taken."""
 
-    def __init__(self, handle: BinaryIO) -> None:
-        self._lines = iter(io.BufferedReader(handle, _BUFFER_BYTES))  # type: ignore[type-var]
+    def __init__(self, handle: Any) -> None:
+        self._lines = io.BufferedReader(handle, _BUFFER_BYTES)
         self.offset = 0
 
     def __iter__(self) -> Iterator[bytes]:

@@ -1,0 +1,180 @@
+"""Validate: every broken rule of a whole manifest, in one pass and in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from ltx_batch.errors import CheckpointError, ManifestError, RowIssue
+from ltx_batch.job import JobSpec
+from ltx_batch.manifest.cells import Cells, Fault
+from ltx_batch.manifest.columns import COLUMNS, MAX_TOKENS, near_misses
+from ltx_batch.manifest.media import MediaLookup
+from ltx_batch.manifest.read import Manifest, Shard
+from ltx_batch.manifest.rows import folder_of, issues_of
+from ltx_batch.manifest.rules import check, check_defaults, in_order
+
+MAX_ISSUES = 100_000  # kept in full; further ones are counted
+MAX_REPEATS = 1_000_000
+_CHUNK_ROWS = 16_384
+_COLUMNS = tuple(COLUMNS)
+
+
+@dataclass(slots=True)
+class Validation:
+    """What is wrong with a manifest. `errors` keep rows from being rendered, `warnings` do not.
+
+    Each list keeps the first `MAX_ISSUES` (repeated row_ids all of them); the counts count all.
+    """
+
+    rows: int
+    errors: list[RowIssue] = field(default_factory=list)
+    warnings: list[RowIssue] = field(default_factory=list)
+    error_count: int = 0
+    warning_count: int = 0
+
+    def add_errors(self, issues: Iterable[RowIssue], count: int) -> None:
+        self.errors += islice(issues, max(0, MAX_ISSUES - len(self.errors)))
+        self.error_count += count
+
+    def add_warnings(self, issues: Iterable[RowIssue], count: int) -> None:
+        self.warnings += islice(issues, max(0, MAX_ISSUES - len(self.warnings)))
+        self.warning_count += count
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "errors": [issue.as_dict() for issue in self.errors],
+            "warnings": [issue.as_dict() for issue in self.warnings],
+            "rows": self.rows,
+            "error_count": self.error_count,
+            "warning_count": self.warning_count,
+        }
+
+
+def validate(manifest: Manifest, job: JobSpec, *, tokenizer: Path | None) -> Validation:
+    """Check every row, and what only the whole manifest shows: repeated row_ids and missing media.
+
+    `tokenizer` is a tokenizer.json; None leaves the length of prompts unchecked. Raises JobError where the job's own
+    defaults break a rule, CheckpointError for a tokenizer that cannot be read.
+    """
+    check_defaults(job.defaults)
+    found = Validation(manifest.rows)
+    media, tokens, ids = MediaLookup(job.storage.options), TokenCounter(tokenizer), RowIds(manifest)
+    unseeded = 0
+    for shard, table in _chunks(manifest, _COLUMNS):
+        file = manifest.files[shard.file].uri
+        cells, broken = check(table, job.defaults)
+        faults = in_order(broken + media.missing(cells, folder_of(file)))
+        found.add_errors(issues_of(table, cells, faults, file=file, offset=shard.offset), len(faults))
+        doubts = tokens.too_long(cells)
+        found.add_warnings(issues_of(table, cells, doubts, file=file, offset=shard.offset), len(doubts))
+        unseeded += int(np.count_nonzero(~cells.present("seed") & ~cells.present("row_id")))
+        ids.add(cells)
+    repeated = ids.repeated()
+    found.errors += repeated
+    found.error_count += len(repeated)
+    about_all = _look_alikes(manifest) + _unseeded(manifest, unseeded, job.defaults.seed)
+    found.add_warnings(about_all, len(about_all))
+    return found
+
+
+class TokenCounter:
+    """Counts tokens as the text encoder's tokenizer does."""
+
+    def __init__(self, tokenizer: Path | None) -> None:
+        self._tokenizer: Any = None
+        if tokenizer is not None:
+            from tokenizers import Tokenizer
+
+            try:
+                self._tokenizer = Tokenizer.from_file(str(tokenizer))
+            except Exception as error:  # tokenizers raises bare Exception
+                raise CheckpointError(f"{tokenizer} is not a tokenizer.json: {error}") from error
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
+
+    def too_long(self, cells: Cells) -> list[Fault]:
+        """A fault for every prompt and negative prompt of which the text encoder would not see the end."""
+        if self._tokenizer is None:
+            return []
+        names = ("prompt", "negative_prompt")
+        return in_order([fault for name in names if name in cells for fault in self._too_long(name, cells.array(name))])
+
+    def _too_long(self, name: str, texts: pa.Array) -> list[Fault]:
+        # No token is shorter than a byte, and an opening space and the end mark come on top: short ASCII needs no count.
+        # Other letters may be unfolded into several before they are cut into tokens.
+        doubtful = pc.or_(pc.greater(pc.binary_length(texts), MAX_TOKENS - 2), pc.invert(pc.string_is_ascii(texts)))
+        rows = np.flatnonzero(pc.fill_null(doubtful, False).to_numpy(zero_copy_only=False))
+        counts = [len(encoded) for encoded in self._tokenizer.encode_batch_fast(texts.take(pa.array(rows)).to_pylist())]
+        rule = f"has {{}} tokens; the text encoder sees the first {MAX_TOKENS}"
+        return [Fault(int(r), name, rule.format(n)) for r, n in zip(rows, counts, strict=True) if n > MAX_TOKENS]
+
+
+class RowIds:
+    """Finds repeated row_ids with 8 bytes a row: all hashes first, then the few candidates exactly."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._hashes = np.empty(manifest.rows, np.int64)
+        self._count = 0
+
+    def add(self, cells: Cells) -> None:
+        hashes = _hashes(cells.array("row_id"))
+        self._hashes[self._count : self._count + len(hashes)] = hashes
+        self._count += len(hashes)
+
+    def repeated(self) -> list[RowIssue]:
+        """An error for every row but the first with the same row_id."""
+        hashes = self._hashes[: self._count]
+        hashes.sort()
+        twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        if len(twice) == 0:
+            return []
+        first: dict[str, tuple[str, int]] = {}
+        issues: list[RowIssue] = []
+        for shard, table in _chunks(self._manifest, ("row_id",)):
+            ids, file = Cells(table).array("row_id"), self._manifest.files[shard.file].uri
+            for row in np.flatnonzero(np.isin(_all_hashes(ids), twice)):
+                row_id, place = ids[int(row)].as_py(), shard.offset + int(row)
+                if row_id is not None and first.setdefault(row_id, (file, place)) != (file, place):
+                    issues.append(_repeated(file, place, row_id, first[row_id]))
+                    if len(issues) > MAX_REPEATS:
+                        raise ManifestError([RowIssue(self._manifest.uri, None, None, "row_id", None, _NO_NAMES)])
+        return issues
+
+
+_NO_NAMES = f"more than {MAX_REPEATS} rows repeat another row's: rename the column if it does not name rows"
+
+
+def _repeated(file: str, row: int, row_id: str, first: tuple[str, int]) -> RowIssue:
+    where = f"row {first[1]}" if first[0] == file else f"{first[0]} row {first[1]}"
+    return RowIssue(file, row, row_id, "row_id", row_id, f"is the row_id of {where} already")
+
+
+def _hashes(ids: pa.Array) -> np.ndarray:
+    """Hashes of the ids that are not null. Python's own: seeded anew in each process, so nobody can prepare clashes."""
+    return _all_hashes(ids.drop_null())
+
+
+def _all_hashes(ids: pa.Array) -> np.ndarray:
+    return np.fromiter((hash(row_id) for row_id in ids.to_pylist()), np.int64, len(ids))
+
+
+def _chunks(manifest: Manifest, columns: tuple[str, ...]) -> Iterator[tuple[Shard, pa.Table]]:
+    return ((shard, manifest.read(shard, columns=columns)) for shard in manifest.shards(_CHUNK_ROWS))
+
+
+def _look_alikes(manifest: Manifest) -> list[RowIssue]:
+    return [issue for file, ref in enumerate(manifest.files) for issue in near_misses(ref.uri, manifest.header(file))]
+
+
+def _unseeded(manifest: Manifest, rows: int, seed: int) -> list[RowIssue]:
+    rule = f"{rows} row(s) have neither seed nor row_id and take the job's seed {seed}: equal ones among them are one video"
+    return [RowIssue(manifest.uri, None, None, "seed", None, rule)] if rows else []
