@@ -1,0 +1,160 @@
+"""Read images and videos into RGB frames."""
+
+from __future__ import annotations
+
+import re
+import struct
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ltx_batch.errors import MediaError
+from ltx_batch.media.ffmpeg import FfmpegFailed, gist, run_ffmpeg
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+Frames = NDArray[np.uint8]
+
+_TIMEOUT_S = 600.0
+# Containers of moving pictures only: ffmpeg would also play a text file, or fetch what a playlist names.
+_CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegts,ogg,flv,asf,mxf,ivf,h264,hevc,m4v,mpegvideo"
+_CONTAINER_TAGS = {"major_brand", "minor_version", "compatible_brands", "encoder"}
+_HD_LINES = 720
+
+
+def read_media(source: str | Path, *, num_frames: int | None = None) -> Frames:
+    """Decode a local image or video into uint8 RGB [F, H, W, 3], at most `num_frames` frames, as many as there are.
+
+    Images: turned as their EXIF says, alpha laid over black, 16-bit grey rounded to 8; animations give their frames.
+    Videos: every stored frame once, whatever its time; turned as their container says; converted with the matrix in
+    their tags, and without tags with BT.709 from 720 lines on, else BT.601, as players do. HDR is not tone-mapped.
+    Raises MediaError with path and reason: missing, damaged, truncated, empty, or neither image nor video.
+    """
+    path = _existing(source)
+    frames = _read_image(path, num_frames)
+    return _read_video(path, num_frames) if frames is None else frames
+
+
+def probe_video(source: str | Path) -> tuple[int, int, int, float]:
+    """(num_frames, height, width, frame_rate in Hz) of a video, from its packets; nothing is decoded or rotated."""
+    path = _existing(source)
+    packets, _ = _ffmpeg(path, ["-map", "0:v:0", "-c", "copy", "-f", "framecrc", "pipe:1"])
+    head, lines = _framecrc(packets.decode())
+    ticks = sum(int(line.split(",")[3]) for line in lines)
+    if not lines or not ticks:
+        raise MediaError(f"{path}: no frames in it")
+    width, height = (int(side) for side in head["dimensions 0"].split("x"))
+    return len(lines), height, width, float(len(lines) / (ticks * Fraction(head["tb 0"])))
+
+
+def read_metadata(source: str | Path) -> dict[str, str]:
+    """The tags of a video file, without those that every container has."""
+    path = _existing(source)
+    text = _ffmpeg(path, ["-f", "ffmetadata", "pipe:1"])[0].decode()
+    # `\` escapes = ; # \ and a newline; an unescaped newline ends a tag.
+    pairs = re.findall(r"^((?:[^\\\n=;#]|\\.)+)=((?:[^\\\n]|\\.|\\\n)*)$", text, flags=re.MULTILINE)
+    tags = {re.sub(r"\\(.)", r"\1", name): re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL) for name, value in pairs}
+    return {name: value for name, value in tags.items() if name not in _CONTAINER_TAGS}
+
+
+def _existing(source: str | Path) -> Path:
+    path = Path(source).absolute()
+    if not path.is_file():
+        raise MediaError(f"{path} does not exist, or is no file")
+    if path.stat().st_size == 0:
+        raise MediaError(f"{path} is empty")
+    return path
+
+
+def _read_image(path: Path, num_frames: int | None) -> Frames | None:
+    """None where Pillow does not know the format: it may be a video."""
+    from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            pictures = []
+            for picture in ImageSequence.Iterator(image):
+                pictures.append(_rgb(ImageOps.exif_transpose(picture)))
+                if len(pictures) == num_frames:
+                    break
+        return np.stack(pictures)
+    except UnidentifiedImageError:
+        return None
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        raise MediaError(f"{path}: the image cannot be read: {error}") from error
+
+
+def _rgb(image: Image.Image) -> Frames:
+    if image.mode.startswith("I"):  # 16-bit grey, under several names: 65535 / 257 = 255
+        grey = np.rint(np.asarray(image, dtype=np.float64) / 257).clip(0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no agreed range; save it as PNG")
+    if not image.has_transparency_data:
+        return np.asarray(image.convert("RGB"))
+    rgba = np.asarray(image.convert("RGBA"), dtype=np.float32)
+    return np.rint(rgba[..., :3] * (rgba[..., 3:] / 255)).astype(np.uint8)
+
+
+def _read_video(path: Path, num_frames: int | None) -> Frames:
+    _, log = _ffmpeg(path, ["-map", "0:v:0", "-c", "copy", "-frames:v", "1", "-f", "null", "-"], log_level="info")
+    # PPM: each frame carries its size, which a rotation in the container may have turned.
+    output = ["-vf", _to_rgb(log), "-fps_mode", "passthrough", "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe"]
+    limit = [] if num_frames is None else ["-frames:v", str(num_frames)]
+    data, faults = _ffmpeg(path, ["-map", "0:v:0", *limit, *output, "pipe:1"])
+    frames = _split_ppm(data)
+    if frames is None:
+        raise MediaError(f"{path}: no frames in it{f' ({gist(faults)})' if faults else ''}")
+    if faults and len(frames) != num_frames:
+        raise MediaError(f"{path}: damaged or cut off after {len(frames)} frames: {gist(faults)}")
+    return frames
+
+
+def _ffmpeg(path: Path, arguments: list[str], **options: Any) -> tuple[bytes, str]:
+    limits = ["-protocol_whitelist", "file,pipe", "-format_whitelist", _CONTAINERS, "-threads", "1"]
+    try:
+        return run_ffmpeg([*limits, "-i", f"file:{path}", *arguments], timeout_s=_TIMEOUT_S, **options)
+    except FfmpegFailed as error:
+        raise MediaError(f"{path}: neither an image nor a video that can be read: {error}") from error
+
+
+def _to_rgb(log: str) -> str:
+    matrix, lines = _stream_colours(log)
+    untagged = "" if matrix else f":in_color_matrix={'bt709' if lines >= _HD_LINES else 'bt601'}"
+    return f"scale=out_range=full:flags=bicubic+accurate_rnd+full_chroma_int+full_chroma_inp{untagged}"
+
+
+def _stream_colours(log: str) -> tuple[str | None, int]:
+    """(matrix, lines) from `Video: h264 (High), yuv420p(tv, bt709, progressive), 64x48 [...]`; matrix None where untagged.
+
+    Differing tags are listed as matrix/primaries/transfer. ffprobe would say this in JSON, but the wheel has no ffprobe.
+    """
+    stream = re.search(r"Stream #0.*?: Video: (.*)", log)
+    size = re.search(r", \d+x(\d+)", stream.group(1)) if stream else None
+    if not stream or not size:
+        return None, 0
+    pixels = re.search(r"\(([^()]*)\)$", stream.group(1)[: size.start()])
+    words = pixels.group(1).split(", ") if pixels else []
+    named = [word.split("/")[0] for word in words if word not in ("tv", "pc", "progressive") and "first" not in word]
+    known = [name for name in named if name != "unknown" and not name.endswith("bpc")]
+    return (known[0] if known else None), int(size.group(1))
+
+
+def _split_ppm(data: bytes) -> Frames | None:
+    head = re.match(rb"P6\s(\d+)\s(\d+)\s255\s", data)
+    if not head:
+        return None
+    width, height = int(head.group(1)), int(head.group(2))
+    each = head.end() + width * height * 3  # ffmpeg scales all frames of a stream to the first one's size
+    whole = np.frombuffer(data, np.uint8)[: len(data) // each * each].reshape(-1, each)
+    return whole[:, head.end() :].reshape(-1, height, width, 3).copy()
+
+
+def _framecrc(text: str) -> tuple[dict[str, str], list[str]]:
+    lines = [line for line in text.splitlines() if line.strip()]
+    head = dict(line[1:].split(": ", 1) for line in lines if line.startswith("#") and ": " in line)
+    return head, [line for line in lines if not line.startswith("#")]
