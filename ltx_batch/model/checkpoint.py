@@ -1,0 +1,184 @@
+"""A checkpoint in the folder layout of diffusers' LTX pipelines: one loader for every size."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ltx_batch.errors import CheckpointError
+from ltx_batch.model.plan import SPATIAL, TEMPORAL
+from ltx_batch.model.sigmas import SchedulerConfig
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about a 4-bit kernel that nothing here uses
+
+EXPECTED = {
+    "transformer": "LTXVideoTransformer3DModel",
+    "vae": "AutoencoderKLLTXVideo",
+    "text_encoder": "T5EncoderModel",
+    "tokenizer": "a T5 tokenizer",
+    "scheduler": "FlowMatchEulerDiscreteScheduler",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The parts as loaded, on the CPU."""
+
+    transformer: Any
+    vae: Any
+    text_encoder: Any
+    tokenizer: Any
+    scheduler: SchedulerConfig
+
+
+def load_checkpoint(folder: Path, dtype: torch.dtype, *, text_encoder: Path | None = None) -> Checkpoint:
+    """Load every part in `dtype`; `text_encoder` names another folder with text_encoder/ and tokenizer/.
+
+    Raises CheckpointError with what was found and what was expected where a part is missing, torn, of another kind, or
+    does not fit the others.
+    """
+    text_folder = text_encoder or folder
+    places = {name: (text_folder if name in ("text_encoder", "tokenizer") else folder) / name for name in EXPECTED}
+    _check_layout(folder, places)
+    with _quiet():
+        found = Checkpoint(
+            transformer=_load_model("transformer", places["transformer"], dtype),
+            vae=_load_model("vae", places["vae"], dtype),
+            text_encoder=_load_model("text_encoder", places["text_encoder"], dtype),
+            tokenizer=_load_tokenizer(places["tokenizer"]),
+            scheduler=read_scheduler(folder),
+        )
+    _check_fit(found, folder)
+    return found
+
+
+def read_scheduler(folder: Path) -> SchedulerConfig:
+    """The scheduler's configuration; it shapes sigmas only where no timesteps are given."""
+    data = _read_json(folder / "scheduler" / "scheduler_config.json")
+    return SchedulerConfig(**{field.name: data[field.name] for field in fields(SchedulerConfig) if field.name in data})
+
+
+def _check_layout(folder: Path, places: dict[str, Path]) -> None:
+    missing = [name for name, place in places.items() if not place.is_dir()]
+    if missing:
+        held = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+        raise CheckpointError(
+            f"{folder} lacks {', '.join(f'{name}/ ({EXPECTED[name]})' for name in missing)}; "
+            f"it holds {', '.join(held) or 'nothing'}. A checkpoint is a folder in diffusers' layout: {'/ '.join(EXPECTED)}/"
+        )
+
+
+def _load_model(name: str, place: Path, dtype: torch.dtype) -> Any:
+    config = _read_json(place / "config.json")
+    kinds = [config.get("_class_name"), *config.get("architectures", [])]
+    if EXPECTED[name] not in kinds:
+        kind = next((kind for kind in kinds if kind), "no class name")
+        raise CheckpointError(f"{place} is not a {EXPECTED[name]}: its config.json says {kind}")
+    if not list(place.glob("*.safetensors")):
+        held = ", ".join(sorted(entry.name for entry in place.iterdir()))
+        raise CheckpointError(f"{place} has no *.safetensors; it holds {held}. Pickled weights (.bin) are not read")
+    load, options = _loader(name, dtype)
+    try:
+        model, notes = load(place, output_loading_info=True, use_safetensors=True, local_files_only=True, **options)
+    except Exception as error:
+        raise CheckpointError(f"{place} cannot be loaded as {EXPECTED[name]}: {_first_line(error)}") from error
+    _check_keys(name, place, notes)
+    return model.eval().requires_grad_(False)
+
+
+def _loader(name: str, dtype: torch.dtype) -> tuple[Callable[..., Any], dict[str, Any]]:
+    import diffusers
+    import transformers
+
+    if name == "text_encoder":
+        return transformers.T5EncoderModel.from_pretrained, {"dtype": dtype}
+    return getattr(diffusers, EXPECTED[name]).from_pretrained, {"torch_dtype": dtype}
+
+
+def _check_keys(name: str, place: Path, notes: dict[str, Any]) -> None:
+    """Weights that are absent would be random, and ones too many are another model's (T5's decoder is neither)."""
+    missing = sorted(notes["missing_keys"])
+    foreign = [] if name == "text_encoder" else sorted(notes["unexpected_keys"])
+    shapes = sorted(map(str, notes["mismatched_keys"]))
+    for what, keys in (
+        ("lacks", missing),
+        ("has tensors that its config.json knows nothing of:", foreign),
+        ("has other shapes for", shapes),
+    ):
+        if keys:
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise CheckpointError(
+                f"{place} {what} {', '.join(keys[:3])}{more}; weights and config.json are not of one model"
+            )
+
+
+def _load_tokenizer(place: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
+    except ImportError as error:
+        raise CheckpointError(f"{place} needs one more package: {_first_line(error)}") from error
+    except Exception as error:
+        held = ", ".join(sorted(entry.name for entry in place.iterdir()))
+        raise CheckpointError(
+            f"{place} is not a tokenizer ({_first_line(error)}); it holds {held or 'nothing'}"
+        ) from error
+    if tokenizer.pad_token_id is None:
+        raise CheckpointError(f"{place} has no pad token; prompts are padded to 256 tokens")
+    return tokenizer
+
+
+def _check_fit(found: Checkpoint, folder: Path) -> None:
+    transformer, vae, text = found.transformer.config, found.vae.config, found.text_encoder.config
+    pairs = {
+        "transformer in_channels and vae latent_channels": (transformer.in_channels, vae.latent_channels),
+        "transformer out_channels and vae latent_channels": (transformer.out_channels, vae.latent_channels),
+        "transformer caption_channels and text_encoder d_model": (transformer.caption_channels, text.d_model),
+        "transformer patch sizes and (1, 1)": ((transformer.patch_size, transformer.patch_size_t), (1, 1)),
+        "vae spatial compression and 32": (found.vae.spatial_compression_ratio, SPATIAL),
+        "vae temporal compression and 8": (found.vae.temporal_compression_ratio, TEMPORAL),
+    }
+    faults = [f"{what} must be equal, found {a} and {b}" for what, (a, b) in pairs.items() if a != b]
+    if len(found.tokenizer) > text.vocab_size:
+        faults.append(f"the tokenizer knows {len(found.tokenizer)} tokens, the text encoder {text.vocab_size}")
+    if faults:
+        raise CheckpointError(f"the parts of {folder} are not of one model: {'; '.join(faults)}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        held = ", ".join(sorted(entry.name for entry in path.parent.iterdir())) if path.parent.is_dir() else ""
+        raise CheckpointError(f"{path} is missing; the folder holds {held or 'nothing'}") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return data
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar for each part in a worker's log."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

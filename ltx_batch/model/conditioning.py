@@ -1,0 +1,149 @@
+"""Conditioning media to tokens, by the official rules (LTX-Video, pipelines/pipeline_ltx_video.py, prepare_conditioning).
+
+At frame 0 the encoded media replaces noise. A later single frame becomes extra tokens that carry its time. Of a later
+sequence the first two latent frames become extra tokens (the VAE encoded them as the start of a clip, which they are
+not here), and the rest replaces noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import interpolate, pad
+
+from ltx_batch.errors import InvalidRow, MediaError
+from ltx_batch.model.latents import from_tokens, normalize, to_tokens, token_coords
+from ltx_batch.model.noise import Noise, draw_rows
+from ltx_batch.model.plan import TEMPORAL, PassPlan, Plan
+
+_PREFIX = 2  # latent frames of a later sequence that become extra tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ConditionItem:
+    """Media ready for the VAE: `pixels` fp32 [1, 3, F, H, W] in [-1, 1], at the pass's padded size, F = 8k + 1."""
+
+    pixels: torch.Tensor
+    start_frame: int
+    strength: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a denoise pass starts from. The first `extra` tokens only condition and are dropped at its end.
+
+    `latents` fp32 [B, N, C]; `coords` [1, 3, N] (seconds, rows, columns); `strengths` [1, N], how much of each token is
+    given (1 is never denoised), or None where nothing is. Rows of a batch share the last two.
+    """
+
+    latents: torch.Tensor
+    coords: torch.Tensor
+    strengths: torch.Tensor | None = None
+    extra: int = 0
+
+
+def prepare_media(frames: NDArray[np.uint8], start_frame: int, strength: float, plan: Plan) -> ConditionItem:
+    """Trim uint8 RGB [F, H, W, 3] to what fits the clip, bring it to the clip's size, and pad it as the clip is padded.
+
+    Media of another shape are cropped around their centre, never stretched. Raises MediaError or InvalidRow.
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
+        raise MediaError(
+            f"conditioning media must be uint8 RGB [F, H, W, 3], found {frames.dtype} {list(frames.shape)}"
+        )
+    count = trimmed_frames(len(frames), start_frame, plan.num_frames)
+    if count > 1 and start_frame % TEMPORAL:
+        raise InvalidRow(f"a conditioning video must start at a multiple of {TEMPORAL}, found frame {start_frame}")
+    pixels = torch.from_numpy(np.ascontiguousarray(frames[:count])).permute(0, 3, 1, 2).float() / 127.5 - 1.0
+    pixels = _fit(_crop(pixels, plan.height / plan.width), plan.height, plan.width)
+    last = plan.passes[-1]
+    below, right = last.height - plan.height - plan.pad_top, last.width - plan.width - plan.pad_left
+    pixels = pad(pixels, (plan.pad_left, right, plan.pad_top, below))
+    return ConditionItem(pixels.transpose(0, 1).unsqueeze(0), start_frame, strength)
+
+
+def trimmed_frames(available: int, start_frame: int, num_frames: int) -> int:
+    """The most frames of the form 8k + 1 that are there and fit; pipeline_ltx_video.py, trim_conditioning_sequence."""
+    return (min(available, num_frames - start_frame) - 1) // TEMPORAL * TEMPORAL + 1
+
+
+def start_tokens(
+    plan: PassPlan,
+    rows: Sequence[Sequence[ConditionItem]],
+    noises: Sequence[Noise],
+    vae: Any,
+    channels: int,
+    frame_rate: float,
+) -> Tokens:
+    """Noise with each row's conditions placed in it. Rows have equally many items of equal frames, starts, strengths."""
+    size, device = plan.latent_size, vae.device
+    noise = draw_rows(noises, f"{plan.name}.init", (plan.tokens, channels), device)
+    coords = token_coords(size, start_frame=0, frame_rate=frame_rate, device=device)
+    if not rows[0]:
+        return Tokens(noise, coords)
+    latents = from_tokens(noise, size).clone()
+    strengths = torch.zeros(1, 1, *size, device=device)
+    extra: list[Tokens] = []
+    for index, items in enumerate(zip(*rows, strict=True)):
+        start, strength = items[0].start_frame, items[0].strength
+        media = encode_media(items, noises, f"{plan.name}.vae_sample.{index}", vae)
+        free = 0 if start == 0 else 1 if media.shape[2] == 1 else _PREFIX
+        if media.shape[2] > free:
+            # `free` latent frames at the front are not placed in the clip itself.
+            placed = slice(start // TEMPORAL + free, start // TEMPORAL + media.shape[2])
+            latents[:, :, placed] = torch.lerp(latents[:, :, placed], media[:, :, free:], strength)
+            strengths[:, :, placed] = strength
+        if free:
+            name = f"{plan.name}.condition.{index}"
+            extra.append(_extra_tokens(media[:, :, :free], start, strength, noises, name, frame_rate))
+    return _join(extra, Tokens(to_tokens(latents), coords, strengths.flatten(1)))
+
+
+def encode_media(items: Sequence[ConditionItem], noises: Sequence[Noise], name: str, vae: Any) -> torch.Tensor:
+    """Normalised latents fp32 [B, C, F, H, W], sampled from what the VAE says of each row's media."""
+    found = []
+    for item, noise in zip(items, noises, strict=True):
+        distribution = vae.encode(item.pixels.to(vae.device, vae.dtype)).latent_dist
+        mean, deviation = distribution.mean.float(), distribution.std.float()
+        found.append(mean + deviation * noise(name, tuple(mean.shape)).to(vae.device))
+    return normalize(torch.cat(found), vae)
+
+
+def _extra_tokens(
+    media: torch.Tensor, start: int, strength: float, noises: Sequence[Noise], name: str, frame_rate: float
+) -> Tokens:
+    noise = draw_rows(noises, name, tuple(media.shape[1:]), media.device)
+    latents = to_tokens(torch.lerp(noise, media, strength))
+    frames, height, width = media.shape[2:]
+    coords = token_coords((frames, height, width), start_frame=start, frame_rate=frame_rate, device=media.device)
+    return Tokens(latents, coords, torch.full((1, latents.shape[1]), strength, device=media.device))
+
+
+def _join(extra: Sequence[Tokens], clip: Tokens) -> Tokens:
+    parts = [*extra, clip]
+    return Tokens(
+        torch.cat([part.latents for part in parts], dim=1),
+        torch.cat([part.coords for part in parts], dim=2),
+        torch.cat([part.strengths for part in parts if part.strengths is not None], dim=1),
+        sum(part.latents.shape[1] for part in extra),
+    )
+
+
+def _crop(pixels: torch.Tensor, aspect: float) -> torch.Tensor:
+    """The largest centred part of [F, 3, H, W] whose height over width is `aspect`."""
+    height, width = pixels.shape[-2:]
+    tall, wide = min(height, max(1, round(width * aspect))), min(width, max(1, round(height / aspect)))
+    top, left = (height - tall) // 2, (width - wide) // 2
+    return pixels[..., top : top + tall, left : left + wide]
+
+
+def _fit(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Bilinear, as the official code resizes, but filtered where it shrinks: large photographs would alias."""
+    if pixels.shape[-2:] == (height, width):
+        return pixels
+    return interpolate(pixels, (height, width), mode="bilinear", align_corners=False, antialias=True)

@@ -1,0 +1,131 @@
+"""The pipeline: text, conditions, denoise, decode, for a batch of rows that share a plan."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ltx_batch.model.checkpoint import load_checkpoint
+from ltx_batch.model.conditioning import ConditionItem, start_tokens
+from ltx_batch.model.decode import decode_row
+from ltx_batch.model.denoise import denoise_pass
+from ltx_batch.model.latents import from_tokens
+from ltx_batch.model.noise import Noise
+from ltx_batch.model.placement import device_name
+from ltx_batch.model.plan import PassPlan, Plan
+from ltx_batch.model.quantize.bnb import quantize_blocks, scale_bytes
+from ltx_batch.model.quantize.policy import Precision
+from ltx_batch.model.sigmas import SchedulerConfig
+from ltx_batch.model.text import Text, TextEncoder
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What differs from clip to clip of a batch. `negative` may be None where the plan needs none."""
+
+    prompt: Text
+    negative: Text | None
+    conditions: tuple[ConditionItem, ...]
+    noise: Noise
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Seconds by stage; a GPU is waited for at the end of each stage, and nowhere else."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        started_s = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started_s
+
+
+class LtxPipeline:
+    """The loaded parts on one device. Its methods run under `torch.inference_mode`."""
+
+    def __init__(
+        self, folder: Path, policy: Precision, device: torch.device, *, text_encoder: Path | None = None
+    ) -> None:
+        dtype = getattr(torch, policy.dtype)
+        if policy.name == "fp32":
+            torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in the VAE's convolutions too
+        parts = load_checkpoint(folder, dtype, text_encoder=text_encoder)
+        quantized: dict[str, Any] = {}
+        if policy.quantize == "bnb-int8":
+            quantized = quantize_blocks(parts.transformer, policy, device)
+        self.device = device
+        self.scheduler: SchedulerConfig = parts.scheduler
+        self.transformer = parts.transformer.to(device)
+        self.vae = parts.vae.to(device)
+        self.text = TextEncoder(parts.tokenizer, parts.text_encoder.to(device), device)
+        modules = {"transformer": self.transformer, "vae": self.vae, "text_encoder": parts.text_encoder}
+        self.weights_bytes: Mapping[str, int] = {name: weights_bytes(module) for name, module in modules.items()}
+        self.ran = {
+            "precision": policy.name,
+            "device": device_name(device),
+            "dtype": policy.dtype,
+            "attention": "native",
+            "tiling": False,
+            "degraded": False,
+            **quantized,
+        }
+
+    @torch.inference_mode()
+    def encode(self, text: str) -> Text:
+        return self.text.encode(text)
+
+    @torch.inference_mode()
+    def render(self, plan: Plan, rows: Sequence[Row], watch: Stopwatch) -> list[NDArray[np.uint8]]:
+        """Frames uint8 [F, H, W, 3] of each row. Raises FloatingPointError where the latents are not finite."""
+        latents = self.run_pass(plan.passes[0], plan, rows, watch)
+        if not torch.isfinite(latents).all():
+            raise FloatingPointError(f"the latents are not finite after {plan.passes[0].name}; {self._advice()}")
+        with watch.stage("decode"):
+            return [decode_row(self.vae, latents[i : i + 1], plan, row.noise) for i, row in enumerate(rows)]
+
+    @torch.inference_mode()
+    def run_pass(self, one: PassPlan, plan: Plan, rows: Sequence[Row], watch: Stopwatch) -> torch.Tensor:
+        """One denoise pass from noise: normalised latents fp32 [B, C, F, H, W]."""
+        noises = [row.noise for row in rows]
+        with watch.stage("condition"):
+            conditions = [row.conditions for row in rows]
+            channels = self.transformer.config.in_channels
+            tokens = start_tokens(one, conditions, noises, self.vae, channels, plan.frame_rate)
+        with watch.stage("denoise"):
+            prompt = Text.stack([row.prompt for row in rows])
+            negative = Text.stack([row.negative for row in rows if row.negative]) if plan.needs_negative else None
+            scale = plan.image_cond_noise_scale
+            clean = denoise_pass(self.transformer, tokens, prompt, negative, one, noises, image_cond_noise_scale=scale)
+        return from_tokens(clean, one.latent_size)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        del self.transformer, self.vae, self.text
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _advice(self) -> str:
+        if self.ran["precision"] == "bnb-int8":
+            return "bitsandbytes computes in fp16, which overflows at 65504: use precision bf16, or skip_modules"
+        return "are the weights whole?"
+
+
+def weights_bytes(module: nn.Module) -> int:
+    held = [*module.parameters(), *module.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held) + scale_bytes(module)

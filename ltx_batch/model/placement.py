@@ -1,0 +1,33 @@
+"""Where the model lies. Only `resident` is built: everything stays on one device."""
+
+from __future__ import annotations
+
+import torch
+
+from ltx_batch.errors import JobError
+
+_PLANNED = ("offload", "sharded")
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the first GPU where there is one. Raises JobError where `cuda` is asked for and absent."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise JobError("device cuda is asked for, but torch finds no GPU here; use device: auto, or cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise JobError(f"unknown device {name!r}; what works: auto, cpu, cuda")
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the GPU's model."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def check_placement(name: str) -> None:
+    """Raises JobError for a placement that is unknown or not built yet."""
+    if name in _PLANNED:
+        raise JobError(f"placement {name} is not built yet; what works: auto, resident")
+    if name not in ("auto", "resident"):
+        raise JobError(f"unknown placement {name!r}; what works: auto, resident")

@@ -1,0 +1,63 @@
+"""Requests to clips: the thin layer that joins the pipeline to the project's nouns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ltx_batch.clip import Clip
+from ltx_batch.model.conditioning import ConditionItem, prepare_media
+from ltx_batch.model.noise import row_noise
+from ltx_batch.model.pipeline import LtxPipeline, Row, Stopwatch
+from ltx_batch.model.plan import Plan
+from ltx_batch.request import RenderRequest
+
+Media = Sequence[NDArray[np.uint8]]
+
+
+def render_batch(
+    pipeline: LtxPipeline, plan: Plan, requests: Sequence[RenderRequest], media: Sequence[Media]
+) -> list[Clip]:
+    """A clip for each request, in order; `media` holds uint8 frames [F, H, W, 3] for each condition of each request."""
+    watch = Stopwatch(pipeline.device)
+    on_gpu = pipeline.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(pipeline.device)
+    with watch.stage("text"):
+        texts = [
+            (pipeline.encode(request.prompt), pipeline.encode(request.negative_prompt) if plan.needs_negative else None)
+            for request in requests
+        ]
+    with watch.stage("condition"):
+        rows = [
+            Row(prompt, negative, _prepare(request, found, plan), row_noise(request.seed))
+            for request, found, (prompt, negative) in zip(requests, media, texts, strict=True)
+        ]
+    frames = _render_alike(pipeline, plan, rows, watch)
+    peak_bytes = torch.cuda.max_memory_allocated(pipeline.device) if on_gpu else None
+    timings = {name: seconds / len(requests) for name, seconds in watch.seconds.items()}
+    return [Clip(pixels, plan.frame_rate, dict(timings), dict(pipeline.ran), peak_bytes) for pixels in frames]
+
+
+def _prepare(request: RenderRequest, media: Media, plan: Plan) -> tuple[ConditionItem, ...]:
+    return tuple(
+        prepare_media(frames, condition.start_frame, condition.strength, plan)
+        for condition, frames in zip(request.conditions, media, strict=True)
+    )
+
+
+def _render_alike(pipeline: LtxPipeline, plan: Plan, rows: Sequence[Row], watch: Stopwatch) -> list[NDArray[np.uint8]]:
+    """Rows whose media have equally many frames share a forward pass: the number of tokens hangs on it."""
+
+    def layout(index: int) -> list[int]:
+        return [item.pixels.shape[2] for item in rows[index].conditions]
+
+    frames: dict[int, NDArray[np.uint8]] = {}
+    for _, group in groupby(sorted(range(len(rows)), key=layout), key=layout):
+        alike = list(group)
+        frames |= dict(zip(alike, pipeline.render(plan, [rows[i] for i in alike], watch), strict=True))
+    return [frames[i] for i in range(len(rows))]

@@ -1,0 +1,80 @@
+"""Noise levels (sigmas) of a denoise loop, in plain floats: 1 is all noise, 0 the clean clip. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """The part of a checkpoint's scheduler/scheduler_config.json that shapes the sigmas (names of diffusers)."""
+
+    shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    base_image_seq_len: int = 256
+    max_image_seq_len: int = 4096
+    shift_terminal: float | None = None
+
+
+def make_sigmas(sampler: str, num_inference_steps: int, tokens: int, scheduler: SchedulerConfig) -> tuple[float, ...]:
+    """Falling sigmas in (0, 1], without the final 0, for a pass of `tokens` latent tokens.
+
+    `uniform` and `linear-quadratic` are taken as they are. `from_checkpoint` follows the scheduler: one that shifts
+    by the number of tokens (releases up to 0.9.1) shifts uniform sigmas, any other (0.9.5 on) linear-quadratic ones.
+    """
+    if sampler == "uniform":
+        return tuple(uniform(num_inference_steps))
+    if sampler == "linear-quadratic":
+        return tuple(linear_quadratic(num_inference_steps))
+    if scheduler.use_dynamic_shifting:
+        factor = math.exp(_dynamic_shift(tokens, scheduler))
+        sigmas = _shift(uniform(num_inference_steps), factor)
+    else:
+        sigmas = _shift(linear_quadratic(num_inference_steps), scheduler.shift)
+    return tuple(_stretch(sigmas, scheduler.shift_terminal) if scheduler.shift_terminal else sigmas)
+
+
+def uniform(num_steps: int) -> list[float]:
+    """Equal steps from 1 to 1/num_steps (Lightricks/LTX-Video, schedulers/rf.py, sampler Uniform)."""
+    return [1.0 - i / num_steps for i in range(num_steps)]
+
+
+def linear_quadratic(num_steps: int, threshold: float = 0.025) -> list[float]:
+    """Half of the steps fall linearly to 1 - threshold, the others quadratically to 0.
+
+    Lightricks/LTX-Video, ltx_video/schedulers/rf.py, linear_quadratic_schedule.
+    """
+    if num_steps == 1:
+        return [1.0]
+    linear_steps = num_steps // 2
+    quadratic_steps = num_steps - linear_steps
+    difference = linear_steps - threshold * num_steps
+    quadratic = difference / (linear_steps * quadratic_steps**2)
+    linear = threshold / linear_steps - 2 * difference / quadratic_steps**2
+    constant = quadratic * linear_steps**2
+    falls = [i * threshold / linear_steps for i in range(linear_steps)]
+    falls += [quadratic * i**2 + linear * i + constant for i in range(linear_steps, num_steps)]
+    return [1.0 - fall for fall in falls]
+
+
+def _shift(sigmas: Sequence[float], factor: float) -> list[float]:
+    """s -> f / (f + 1/s - 1): arXiv 2403.03206, and the static shift of diffusers' flow-match scheduler."""
+    return [factor / (factor + 1.0 / sigma - 1.0) for sigma in sigmas]
+
+
+def _dynamic_shift(tokens: int, scheduler: SchedulerConfig) -> float:
+    """Line through (base_image_seq_len, base_shift) and (max_image_seq_len, max_shift); rf.py, get_normal_shift."""
+    slope = (scheduler.max_shift - scheduler.base_shift) / (scheduler.max_image_seq_len - scheduler.base_image_seq_len)
+    return scheduler.base_shift + slope * (tokens - scheduler.base_image_seq_len)
+
+
+def _stretch(sigmas: Sequence[float], terminal: float) -> list[float]:
+    """Stretched so that the last sigma is `terminal`; rf.py, strech_shifts_to_terminal."""
+    if sigmas[-1] >= 1.0:
+        return list(sigmas)
+    scale = (1.0 - sigmas[-1]) / (1.0 - terminal)
+    return [1.0 - (1.0 - sigma) / scale for sigma in sigmas]

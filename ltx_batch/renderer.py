@@ -1,0 +1,163 @@
+"""Renderer: requests in, clips out. The seam between the model and everything else; importing it loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ltx_batch.clip import Clip
+from ltx_batch.errors import CheckpointError, JobError
+from ltx_batch.model.fetch import checkpoint_files, local_folder
+from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config
+from ltx_batch.model.plan import Plan, plan_request
+from ltx_batch.model.quantize import policy
+from ltx_batch.request import Condition, RenderRequest
+from ltx_batch.storage import fetch_uri, is_local_uri, sha256_uri
+
+if TYPE_CHECKING:
+    from ltx_batch.model.pipeline import LtxPipeline
+
+PACKAGED = Path(__file__).parent / "checkpoints"
+
+
+class Renderer(Protocol):
+    """What a worker needs to know of a model."""
+
+    weights_bytes: Mapping[str, int]
+    device: str
+    precision: str
+
+    def render(self, requests: Sequence[RenderRequest]) -> list[Clip]:
+        """Clips of requests that share one `batch_key()`, in order."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class LtxRenderer:
+    """LTX-Video on one device.
+
+    `weights_bytes` are bytes by part on the device, `device` is "cpu" or the GPU's model, `precision` the resolved name.
+    """
+
+    def __init__(self, pipeline: LtxPipeline, config: PipelineConfig) -> None:
+        self._pipeline = pipeline
+        self._config = config
+        self.weights_bytes: Mapping[str, int] = dict(pipeline.weights_bytes)
+        self.device: str = pipeline.ran["device"]
+        self.precision: str = pipeline.ran["precision"]
+
+    def plan(self, request: RenderRequest) -> Plan:
+        """What rendering the request will do. Raises InvalidRow."""
+        return plan_request(request, self._config, self._pipeline.scheduler)
+
+    def render(self, requests: Sequence[RenderRequest]) -> list[Clip]:
+        """Clips in order; a stage's seconds are shared evenly among the clips of a batch.
+
+        Media may be uint8 arrays, paths or URIs. Raises ValueError where the requests do not share a batch key,
+        InvalidRow where one breaks a rule of the model, MediaError where media are unreadable.
+        """
+        from ltx_batch.model.render import render_batch
+
+        if len({request.batch_key() for request in requests}) > 1:
+            raise ValueError("the requests of one render call must share their batch_key()")
+        plans = [self.plan(request) for request in requests]
+        media = [[read_condition(condition) for condition in request.conditions] for request in requests]
+        return render_batch(self._pipeline, plans[0], requests, media) if requests else []
+
+    def close(self) -> None:
+        self._pipeline.close()
+
+
+def load_renderer(
+    checkpoint: str,
+    *,
+    precision: str = "auto",
+    device: str = "auto",
+    pipeline_config: str | None = None,
+    upsampler: str | None = None,
+    text_encoder: str | None = None,
+    placement: str = "auto",
+    condition_preprocess: str = "none",
+    llm_int8_threshold: float = 0.0,
+    skip_modules: Sequence[str] = (),
+) -> LtxRenderer:
+    """Load a checkpoint: the name `demo`, a folder, a URI or a hub id.
+
+    `pipeline_config` is a path or URI of an official YAML file; without it the checkpoint folder's own holds, else the
+    official base defaults. Raises CheckpointError, PrecisionError or JobError before any weight is loaded, where it can.
+    """
+    if upsampler is not None:
+        raise JobError("an upsampler serves multi-scale rendering, which is not built yet")
+    if condition_preprocess != "none":
+        raise JobError(f"condition_preprocess: {condition_preprocess} is not built yet; what works: none")
+    policy.resolve_name(precision, "cpu")
+    from ltx_batch.model.pipeline import LtxPipeline
+    from ltx_batch.model.placement import check_placement, pick_device
+
+    check_placement(placement)
+    place = pick_device(device)
+    chosen = policy.precision(precision, place.type, threshold=llm_int8_threshold, skip=tuple(skip_modules))
+    folder = local_folder(resolve_checkpoint(checkpoint))
+    config = load_pipeline_config(pipeline_config, folder)
+    text_folder = local_folder(text_encoder) if text_encoder is not None else None
+    return LtxRenderer(LtxPipeline(folder, chosen, place, text_encoder=text_folder), config)
+
+
+def resolve_checkpoint(checkpoint: str) -> str:
+    """`demo` as its packaged folder; folders, URIs and hub ids as they are. Raises CheckpointError."""
+    if not checkpoint:
+        raise CheckpointError("no checkpoint is named; set model.checkpoint to demo, a folder, a URI or a hub id")
+    packaged = PACKAGED / checkpoint
+    if "/" not in checkpoint and packaged.is_dir() and not Path(checkpoint).is_dir():
+        return str(packaged)
+    if checkpoint == "demo":
+        raise CheckpointError(f"the packaged checkpoint is missing at {packaged}; install ltx-batch again")
+    return checkpoint
+
+
+def checkpoint_fingerprint(checkpoint: str, *, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """`{"files": {name: sha256}}` of every file that changes the picture: the checkpoint's part of the recipe.
+
+    The same weights in another place have the same fingerprint. Raises CheckpointError.
+    """
+    files = checkpoint_files(resolve_checkpoint(checkpoint), options)
+    return {"files": {name: sha256_uri(ref, options) for name, ref in sorted(files.items())}}
+
+
+def tokenizer_file(checkpoint: str | None) -> Path | None:
+    """The checkpoint's tokenizer.json where it lies on this machine, for counting tokens without the model; else None."""
+    if not checkpoint:
+        return None
+    folder = Path(resolve_checkpoint(checkpoint))
+    found = folder / "tokenizer" / "tokenizer.json"
+    return found if found.is_file() else None
+
+
+def resolve_precision(name: str, device: str) -> str:
+    """`auto` as a real name: fp32 on a CPU, bf16 on a GPU. `device` is cpu, cuda or auto. Raises PrecisionError."""
+    if name == "auto" and device == "auto":
+        from ltx_batch.model.placement import pick_device
+
+        device = pick_device(device).type
+    return policy.resolve_name(name, device)
+
+
+def read_condition(condition: Condition) -> NDArray[np.uint8]:
+    """The media as uint8 RGB frames [F, H, W, 3]. Raises MediaError."""
+    if isinstance(condition.media, np.ndarray):
+        return condition.media
+    from ltx_batch.media import read_media
+
+    source = str(condition.media)
+    if is_local_uri(source):
+        return read_media(source)
+    with TemporaryDirectory(prefix="ltx_batch-") as scratch:
+        target = Path(scratch, Path(source).name)
+        fetch_uri(source, target)
+        return read_media(target)
