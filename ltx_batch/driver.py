@@ -22,9 +22,8 @@ from ltx_batch.job import JobSpec
 from ltx_batch.ledger import Ledger
 from ltx_batch.manifest import Manifest, validate
 from ltx_batch.pool import Died, Event, Finished, LocalPool, Pool, Started, StartFailed
-from ltx_batch.recipe import make_recipe, run_id
+from ltx_batch.recipe import make_recipe, run_id, tokenizer_file
 from ltx_batch.record import RenderRecord
-from ltx_batch.renderer import tokenizer_file
 from ltx_batch.schedule import Breaker, Schedule, Task, Verdict
 from ltx_batch.storage import Storage, is_relative
 from ltx_batch.tally import Summary, Tally
@@ -102,11 +101,10 @@ class _Run:
         try:
             self._freeze(invalid)
             with _signals(self.drain):
-                stopped = self._loop()
+                return self._tell(self._loop(), final=True)
         finally:
             if self.pool is not None:
                 self.pool.close()
-        return self._tell(stopped, final=True)
 
     # before the first row
 
@@ -128,7 +126,7 @@ class _Run:
 
     def _check(self) -> dict[tuple[str, int], str]:
         """Look at every row; returns broken rules by file and row (only with skip_invalid), else raises."""
-        found = validate(self.manifest, self.job, tokenizer=tokenizer_file(self.job.model.checkpoint))
+        found = validate(self.manifest, self.job, tokenizer=tokenizer_file(self.job))
         whole = [issue for issue in found.errors if issue.row is None]
         if whole or (found.errors and not self.options.skip_invalid):
             raise ManifestError(found.errors)
@@ -231,6 +229,7 @@ class _Run:
         match event:
             case Started(worker):
                 self.schedule.started(worker)
+                self.tally.worker_ready()
             case Finished(worker, unit, records):
                 self._book(self.schedule.finished(worker, unit, records, time.monotonic()))
             case Died(worker, cause, message):
@@ -256,7 +255,7 @@ class _Run:
 
     def _book(self, verdict: Verdict) -> None:
         for key, facts in verdict.attempts:
-            self.ledger.add_attempt(self.run, key, {**facts, "epoch": self.admission.epoch})
+            self.ledger.add_attempt(self.run, key, {**facts, "epoch": self.admission.epoch, "at_unix_s": time.time()})
         for record in verdict.records:
             if not record.ok:
                 self.admission.failed[record.key] = record

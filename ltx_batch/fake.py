@@ -13,6 +13,7 @@ import os
 import re
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -48,6 +49,11 @@ class FakeRenderer:
 
     def close(self) -> None:
         pass
+
+
+def write_fake_video(clip: Clip, target: Path) -> None:
+    """The hash of the frames in place of a video (`video.codec: fake`)."""
+    target.write_text(clip.frames_sha256())
 
 
 def _bars(request: RenderRequest) -> np.ndarray:

@@ -3,6 +3,7 @@ length, and must commit and fail one by one."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -158,12 +159,13 @@ def connect() -> bool:
     on_sigterm = signal.getsignal(signal.SIGTERM)  # ray.init puts its own handler there
     if address := os.environ.get("RAY_ADDRESS"):
         check_address(os.environ)
-        ray.init(address=address, log_to_driver=False)
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     else:
         ray.init(
             address="local",
             include_dashboard=False,
             log_to_driver=False,
+            logging_level=logging.ERROR,
             object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
         )
     if threading.current_thread() is threading.main_thread():

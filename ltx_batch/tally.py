@@ -15,7 +15,10 @@ _MESSAGE_CHARS = 160
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What a run came to. `rendered` and `gpu_seconds` are this call's; `cost` is null without a price."""
+    """What a run came to. `rendered`, `gpu_seconds` and `seconds` are this call's; `cost` is null without a price.
+
+    `ready_s` is the part of `seconds` that went by before a worker was ready: start-up of Ray, model load.
+    """
 
     run: str
     rows: int
@@ -26,6 +29,7 @@ class Summary:
     seconds: float
     gpu_seconds: float
     cost: float | None
+    ready_s: float | None = None
     rows_per_s: float = 0.0
     eta_s: float | None = None
     workers: int = 0
@@ -52,6 +56,7 @@ class Tally:
     gpu_seconds: float = 0.0
     errors: Counter[str] = field(default_factory=Counter)
     started_s: float = field(default_factory=time.monotonic)
+    ready_s: float | None = None
     first_s: float | None = None
 
     def count_finished(self, ok: int, failed: int) -> None:
@@ -72,6 +77,10 @@ class Tally:
             self.gpu_seconds += record.gpu_seconds
             self.first_s = self.first_s or time.monotonic()
 
+    def worker_ready(self) -> None:
+        if self.ready_s is None:
+            self.ready_s = round(time.monotonic() - self.started_s, 3)
+
     def summary(self, *, workers: int = 0, stopped: str | None = None) -> Summary:
         seconds = time.monotonic() - self.started_s
         active = seconds if self.first_s is None else time.monotonic() - self.first_s
@@ -88,6 +97,7 @@ class Tally:
             seconds=round(seconds, 3),
             gpu_seconds=round(self.gpu_seconds, 3),
             cost=None if price is None else round(self.gpu_seconds / 3600 * price, 4),
+            ready_s=self.ready_s,
             rows_per_s=round(rate, 3),
             eta_s=round(left / rate, 1) if rate and left else None,
             workers=workers,

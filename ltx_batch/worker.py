@@ -25,6 +25,7 @@ from typing import Any
 
 from ltx_batch.clip import Clip
 from ltx_batch.errors import LtxBatchError, MediaError
+from ltx_batch.fake import FakeRenderer, write_fake_video
 from ltx_batch.job import JobSpec
 from ltx_batch.ledger import Ledger
 from ltx_batch.media import read_media, write_video
@@ -135,13 +136,18 @@ class Worker:
         with tempfile.TemporaryDirectory(dir=self._scratch.name) as folder:
             video = Path(folder, f"{task.key}.mp4")
             started_s = time.perf_counter()
-            metadata = {
-                "ltx_batch_key": task.key,
-                "ltx_batch_recipe": json.dumps(dict(self._plan.recipe), sort_keys=True),
-            }
-            write_video(clip, video, self._plan.job.video, metadata=metadata)
+            self._encode(task, clip, video)
             timings["encode"] = time.perf_counter() - started_s
             return self._ledger.commit(self._record(task, clip, timings), video)
+
+    def _encode(self, task: Task, clip: Clip, target: Path) -> None:
+        """The file holds what names it, and nothing that changes from run to run; the rest is in the record."""
+        if self._plan.job.video.codec == "fake":
+            write_fake_video(clip, target)
+        else:
+            recipe = json.dumps(dict(self._plan.recipe), sort_keys=True)
+            metadata = {"ltx_batch_key": task.key, "ltx_batch_recipe": recipe}
+            write_video(clip, target, self._plan.job.video, metadata=metadata)
 
     def _record(self, task: Task, clip: Clip, timings: dict[str, float]) -> RenderRecord:
         frames, height, width, _ = clip.frames.shape
@@ -199,8 +205,6 @@ def open_output(job: JobSpec) -> Storage:
 def open_renderer(plan: WorkerPlan) -> Renderer:
     model = plan.job.model
     if model.renderer == "fake":
-        from ltx_batch.fake import FakeRenderer
-
         return FakeRenderer(plan.precision)
     return load_renderer(
         model.checkpoint or "",

@@ -1,0 +1,38 @@
+"""The one form of a result file: when, on what, with which versions, by which command, and the figures."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+_VERSIONED = ("ltx-batch", "torch", "diffusers", "transformers", "ray", "pyarrow", "imageio-ffmpeg", "bitsandbytes")
+
+
+def write_result(path: Path, figures: list[dict[str, Any]], *, notes: str = "") -> None:
+    """Write `path` as JSON. A figure is {"name", "value", "unit"}, with a "bound" where one is promised."""
+    result = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "hardware": hardware(),
+        "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in _VERSIONED},
+        "command": shlex.join(["python", *sys.argv]),
+        "notes": notes,
+        "figures": figures,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    for figure in figures:
+        print(f"{figure['name']:<32} {figure['value']} {figure['unit']}")
+    print(f"written to {path}")
+
+
+def hardware() -> str:
+    model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"{os.cpu_count()} cores, {model.partition(':')[2].strip()}, {memory_bytes / 2**30:.0f} GiB"
