@@ -106,7 +106,9 @@ class Admission:
     def _prepare(self, todo: _Todo, recipe: Mapping[str, Any], invalid: Mapping[tuple[str, int], str]) -> PreparedShard:
         table = self._manifest.read(todo.shard)
         rows = resolve_rows(table, manifest=self._manifest, shard=todo.shard, defaults=self._job.defaults)
-        lines = self._kept_lines(todo) if todo.previous is not None else [None] * len(rows)
+        lines: list[dict[str, Any] | None] = [None] * len(rows)
+        if todo.previous is not None:
+            lines = self._kept_lines(todo)
         prepared = PreparedShard(OpenShard(todo.shard, todo.epoch, table, rows, lines))
         kept = sum(line is not None for line in lines)
         requests = self._threads(self._with_hashes, rows)

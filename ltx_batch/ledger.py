@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -45,20 +46,22 @@ class Ledger:
         """Publish `video`, a local file, as the clip of `record.key`.
 
         The video goes up first, then the record is created; whoever creates it has won. Returns the record that counts:
-        ours, with `video`, `sha256`, `bytes` and `attempt_id` filled in, or the winner's with `reused` set, in which case
+        ours, with `video`, `sha256`, `video_bytes`, `attempt_id` and the upload's seconds filled in, or the winner's with `reused` set, in which case
         our file is removed again unless it is the winner's very bytes.
         """
         sha256 = _sha256(video)
         name = f"videos/{record.key[:2]}/{record.key}.{sha256[:12]}.mp4"
+        started_s = time.perf_counter()
+        self.storage.upload(video, name)
         ours = replace(
             record,
             video=name,
             sha256=sha256,
-            bytes=video.stat().st_size,
+            video_bytes=video.stat().st_size,
             attempt_id=record.attempt_id or uuid4().hex,
+            timings={**record.timings, "upload": round(time.perf_counter() - started_s, 4)},
             reused=False,
         )
-        self.storage.upload(video, name)
         if self.storage.create(_record_name(record.key), ours.to_json()):
             return ours
         return self._settle(ours)

@@ -23,7 +23,7 @@ class RenderRecord:
     status: Literal["ok", "failed"]
     video: str | None = None
     sha256: str | None = None
-    bytes: int | None = None
+    video_bytes: int | None = None
     frames_sha256: str | None = None
     num_frames: int | None = None
     height: int | None = None
