@@ -56,8 +56,12 @@ def run(job: JobSpec, options: RunOptions | None = None, *, listen: Listener = l
 
 def check_paths(job: JobSpec) -> None:
     """Raises JobError where a relative path would lie in the throw-away working directory of a Ray job."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ:
-        return
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # Ray's job supervisor gives it to every driver that it starts
+        refuse_relative(job)
+
+
+def refuse_relative(job: JobSpec) -> None:
+    """Raises JobError where manifest or output mean something only in this working directory."""
     faults = [
         f"{name}: {uri} is relative, and the working directory of a Ray job is a copy that is thrown away; "
         f"give an absolute path or a URI with --{name}"
@@ -122,6 +126,7 @@ class _Run:
         """Count finished shards; True where that is all there is to do."""
         shards = list(self.manifest.shards(self.job.shard_rows))
         reopened = self.admission.count_finished(shards, self.tally, retry=self.options.retry)
+        self.tally.shards, self.tally.shards_done = len(shards), len(shards) - reopened
         return not reopened
 
     def _check(self) -> dict[tuple[str, int], str]:
@@ -201,6 +206,7 @@ class _Run:
     def _admit(self, prepared: PreparedShard) -> None:
         """Settle what is known of a shard and queue the rest; a key that somebody waits for is not queued again."""
         self.tally.ok -= prepared.reopened
+        self.tally.shards_done += prepared.shard.closed
         tasks = []
         for index, record in prepared.settled:
             self._settle_row(prepared.shard, index, record)
@@ -270,10 +276,13 @@ class _Run:
     def _close_if_complete(self, shard: OpenShard) -> None:
         if shard.left == 0 and not shard.closed:
             shard.closed = True
+            self.tally.shards_done += 1
             self.ledger.write_shard(self.run, shard.shard.name, shard.epoch, shard.finished_table())
 
     def _tell(self, stopped: str | None, *, final: bool = False) -> Summary:
-        summary = self.tally.summary(workers=len(self.schedule.ready_workers), stopped=stopped)
+        summary = self.tally.summary(
+            workers=len(self.schedule.ready_workers), draining=self.drain.is_set(), stopped=stopped
+        )
         now_s = time.monotonic()
         if final or now_s - self.last_told_s >= _POLL_S:
             self.last_told_s = now_s

@@ -33,7 +33,10 @@ class Summary:
     rows_per_s: float = 0.0
     eta_s: float | None = None
     workers: int = 0
+    shards: int = 0
+    shards_done: int = 0
     top_errors: tuple[tuple[str, int], ...] = ()
+    draining: bool = False
     stopped: str | None = None
 
     @property
@@ -53,6 +56,8 @@ class Tally:
     ok: int = 0
     failed: int = 0
     rendered: int = 0
+    shards: int = 0
+    shards_done: int = 0
     gpu_seconds: float = 0.0
     errors: Counter[str] = field(default_factory=Counter)
     started_s: float = field(default_factory=time.monotonic)
@@ -81,7 +86,7 @@ class Tally:
         if self.ready_s is None:
             self.ready_s = round(time.monotonic() - self.started_s, 3)
 
-    def summary(self, *, workers: int = 0, stopped: str | None = None) -> Summary:
+    def summary(self, *, workers: int = 0, draining: bool = False, stopped: str | None = None) -> Summary:
         seconds = time.monotonic() - self.started_s
         active = seconds if self.first_s is None else time.monotonic() - self.first_s
         rate = (self.rendered - 1) / active if self.rendered > 1 and active > 0 else 0.0
@@ -101,6 +106,9 @@ class Tally:
             rows_per_s=round(rate, 3),
             eta_s=round(left / rate, 1) if rate and left else None,
             workers=workers,
+            shards=self.shards,
+            shards_done=self.shards_done,
             top_errors=tuple(self.errors.most_common(_TOP_ERRORS)),
+            draining=draining,
             stopped=stopped,
         )
