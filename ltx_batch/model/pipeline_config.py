@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -87,7 +88,7 @@ def check_sigmas(sigmas: Any) -> None:
         )
     if any(sigma <= 0 for sigma in sigmas):
         raise ValueError(f"timesteps must be above 0 (the final 0 is added), found {min(sigmas)}")
-    for before, after in zip(sigmas, sigmas[1:], strict=False):
+    for before, after in pairwise(sigmas):
         if after >= before:
             raise ValueError(f"timesteps must fall from step to step, found {before} and then {after}")
 
@@ -101,7 +102,7 @@ def load_pipeline_config(named: str | None, folder: Path | None = None) -> Pipel
     if named is None:
         beside = folder / FILE_NAME if folder is not None else None
         if beside is None or not beside.is_file():
-            return PipelineConfig()
+            return PipelineConfig.model_validate({})
         named = str(beside)
     try:
         data = yaml.safe_load(read_uri(named))
