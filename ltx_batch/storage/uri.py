@@ -106,9 +106,11 @@ def open_uri(uri: str, options: Options = None) -> Iterator[BinaryIO]:
         with local_path(uri).open("rb") as file:
             yield file
         return
+    if scheme(uri) in ("http", "https") and not _info(uri, options).get("partial"):  # a server that cannot give ranges
+        yield io.BytesIO(read_uri(uri, options))
+        return
     with patiently(uri, lambda: filesystem(uri, options).open(uri, "rb", block_size=_BLOCK_BYTES)) as file:
-        # A web server without range requests gives a stream that cannot seek.
-        yield file if file.seekable() else io.BytesIO(file.read())
+        yield file
 
 
 def fetch_uri(uri: str, target: Path, options: Options = None) -> None:
