@@ -75,7 +75,7 @@ def validate(manifest: Manifest, job: JobSpec, *, tokenizer: Path | None) -> Val
         found.add_errors(issues_of(table, cells, faults, file=file, offset=shard.offset), len(faults))
         doubts = tokens.too_long(cells)
         found.add_warnings(issues_of(table, cells, doubts, file=file, offset=shard.offset), len(doubts))
-        unseeded += int(np.count_nonzero(~cells.present("seed") & ~cells.present("row_id")))
+        unseeded += int(np.count_nonzero(cells.present("prompt") & ~cells.present("seed") & ~cells.present("row_id")))
         ids.add(cells)
     repeated = ids.repeated()
     found.errors += repeated
