@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,17 +13,19 @@ from numpy.typing import NDArray
 
 from ltx_batch.clip import Clip
 from ltx_batch.errors import CheckpointError, JobError
-from ltx_batch.model.fetch import checkpoint_files, local_folder
-from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config
+from ltx_batch.model.fetch import SCHEDULER_FILE, checkpoint_files, local_folder
+from ltx_batch.model.pipeline_config import FILE_NAME, PipelineConfig, load_pipeline_config
 from ltx_batch.model.plan import Plan, plan_request
 from ltx_batch.model.quantize import policy
+from ltx_batch.model.sigmas import SchedulerConfig
 from ltx_batch.request import Condition, RenderRequest
-from ltx_batch.storage import fetch_uri, is_local_uri, sha256_uri
+from ltx_batch.storage import fetch_uri, is_local_uri, read_uri, sha256_uri
 
 if TYPE_CHECKING:
     from ltx_batch.model.pipeline import LtxPipeline
 
 PACKAGED = Path(__file__).parent / "checkpoints"
+PACKAGED_NAMES = ("demo",)  # a folder of the same name is ./demo
 
 
 class Renderer(Protocol):
@@ -86,11 +89,12 @@ def load_renderer(
     condition_preprocess: str = "none",
     llm_int8_threshold: float = 0.0,
     skip_modules: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
 ) -> LtxRenderer:
     """Load a checkpoint: the name `demo`, a folder, a URI or a hub id.
 
     `pipeline_config` is a path or URI of an official YAML file; without it the checkpoint folder's own holds, else the
-    official base defaults. Raises CheckpointError, PrecisionError or JobError before any weight is loaded, where it can.
+    official base defaults. `options` are fsspec options for URIs. Raises CheckpointError, PrecisionError or JobError before any weight is loaded, where it can.
     """
     if upsampler is not None:
         raise JobError("an upsampler serves multi-scale rendering, which is not built yet")
@@ -103,22 +107,39 @@ def load_renderer(
     check_placement(placement)
     place = pick_device(device)
     chosen = policy.precision(precision, place.type, threshold=llm_int8_threshold, skip=tuple(skip_modules))
-    folder = local_folder(resolve_checkpoint(checkpoint))
-    config = load_pipeline_config(pipeline_config, folder)
-    text_folder = local_folder(text_encoder) if text_encoder is not None else None
+    folder = local_folder(resolve_checkpoint(checkpoint), options)
+    config = load_pipeline_config(pipeline_config, folder, options=options)
+    text_folder = local_folder(text_encoder, options) if text_encoder is not None else None
     return LtxRenderer(LtxPipeline(folder, chosen, place, text_encoder=text_folder), config)
+
+
+def load_planner(
+    checkpoint: str, *, pipeline_config: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[[RenderRequest], Plan]:
+    """What `LtxRenderer.plan` answers, without torch and without the weights: two small files are read.
+
+    Raises CheckpointError and JobError as `load_renderer` does.
+    """
+    files = checkpoint_files(resolve_checkpoint(checkpoint), options)
+    if SCHEDULER_FILE not in files:
+        raise CheckpointError(f"{checkpoint} lacks {SCHEDULER_FILE}; it holds {', '.join(sorted(files))}")
+    scheduler = SchedulerConfig.parse(read_uri(files[SCHEDULER_FILE].uri, options), source=SCHEDULER_FILE)
+    if pipeline_config is None and FILE_NAME in files:
+        pipeline_config = files[FILE_NAME].uri
+    config = load_pipeline_config(pipeline_config, options=options)
+    return partial(plan_request, config=config, scheduler=scheduler)
 
 
 def resolve_checkpoint(checkpoint: str) -> str:
     """`demo` as its packaged folder; folders, URIs and hub ids as they are. Raises CheckpointError."""
     if not checkpoint:
         raise CheckpointError("no checkpoint is named; set model.checkpoint to demo, a folder, a URI or a hub id")
+    if checkpoint not in PACKAGED_NAMES:
+        return checkpoint
     packaged = PACKAGED / checkpoint
-    if "/" not in checkpoint and packaged.is_dir() and not Path(checkpoint).is_dir():
-        return str(packaged)
-    if checkpoint == "demo":
+    if not packaged.is_dir():
         raise CheckpointError(f"the packaged checkpoint is missing at {packaged}; install ltx-batch again")
-    return checkpoint
+    return str(packaged)
 
 
 def checkpoint_fingerprint(checkpoint: str, *, options: Mapping[str, Any] | None = None) -> dict[str, Any]:

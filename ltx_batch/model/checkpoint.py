@@ -6,13 +6,15 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ltx_batch.errors import CheckpointError
+from ltx_batch.model.fetch import SCHEDULER_FILE
 from ltx_batch.model.plan import SPATIAL, TEMPORAL
 from ltx_batch.model.sigmas import SchedulerConfig
 
@@ -53,25 +55,18 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, *, text_encoder: Path | No
             vae=_load_model("vae", places["vae"], dtype),
             text_encoder=_load_model("text_encoder", places["text_encoder"], dtype),
             tokenizer=_load_tokenizer(places["tokenizer"]),
-            scheduler=read_scheduler(folder),
+            scheduler=SchedulerConfig.parse(_read(folder / SCHEDULER_FILE), source=str(folder / SCHEDULER_FILE)),
         )
     _check_fit(found, folder)
     return found
 
 
-def read_scheduler(folder: Path) -> SchedulerConfig:
-    """The scheduler's configuration; it shapes sigmas only where no timesteps are given."""
-    data = _read_json(folder / "scheduler" / "scheduler_config.json")
-    return SchedulerConfig(**{field.name: data[field.name] for field in fields(SchedulerConfig) if field.name in data})
-
-
 def _check_layout(folder: Path, places: dict[str, Path]) -> None:
     missing = [name for name, place in places.items() if not place.is_dir()]
     if missing:
-        held = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
         raise CheckpointError(
             f"{folder} lacks {', '.join(f'{name}/ ({EXPECTED[name]})' for name in missing)}; "
-            f"it holds {', '.join(held) or 'nothing'}. A checkpoint is a folder in diffusers' layout: {'/ '.join(EXPECTED)}/"
+            f"it holds {_held(folder)}. A checkpoint is a folder in diffusers' layout: {'/ '.join(EXPECTED)}/"
         )
 
 
@@ -82,8 +77,9 @@ def _load_model(name: str, place: Path, dtype: torch.dtype) -> Any:
         kind = next((kind for kind in kinds if kind), "no class name")
         raise CheckpointError(f"{place} is not a {EXPECTED[name]}: its config.json says {kind}")
     if not list(place.glob("*.safetensors")):
-        held = ", ".join(sorted(entry.name for entry in place.iterdir()))
-        raise CheckpointError(f"{place} has no *.safetensors; it holds {held}. Pickled weights (.bin) are not read")
+        raise CheckpointError(
+            f"{place} has no *.safetensors; it holds {_held(place)}. Pickled weights (.bin) are not read"
+        )
     load, options = _loader(name, dtype)
     try:
         model, notes = load(place, output_loading_info=True, use_safetensors=True, local_files_only=True, **options)
@@ -122,15 +118,16 @@ def _check_keys(name: str, place: Path, notes: dict[str, Any]) -> None:
 def _load_tokenizer(place: Path) -> Any:
     from transformers import AutoTokenizer
 
+    # Without either file transformers makes up a tokenizer that reads every word as unknown, and says nothing.
+    if not (place / "tokenizer.json").is_file():
+        if not (place / "spiece.model").is_file():
+            raise CheckpointError(f"{place} has neither tokenizer.json nor spiece.model; it holds {_held(place)}")
+        if not find_spec("sentencepiece"):
+            raise CheckpointError(f"{place} has only spiece.model, which takes: pip install sentencepiece protobuf")
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except ImportError as error:
-        raise CheckpointError(f"{place} needs one more package: {_first_line(error)}") from error
     except Exception as error:
-        held = ", ".join(sorted(entry.name for entry in place.iterdir()))
-        raise CheckpointError(
-            f"{place} is not a tokenizer ({_first_line(error)}); it holds {held or 'nothing'}"
-        ) from error
+        raise CheckpointError(f"{place} is not a tokenizer: {_first_line(error)}") from error
     if tokenizer.pad_token_id is None:
         raise CheckpointError(f"{place} has no pad token; prompts are padded to 256 tokens")
     return tokenizer
@@ -155,15 +152,25 @@ def _check_fit(found: Checkpoint, folder: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        held = ", ".join(sorted(entry.name for entry in path.parent.iterdir())) if path.parent.is_dir() else ""
-        raise CheckpointError(f"{path} is missing; the folder holds {held or 'nothing'}") from None
-    except (OSError, ValueError) as error:
+        data = json.loads(_read(path))
+    except ValueError as error:
         raise CheckpointError(f"{path} is not JSON: {error}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} must hold a JSON object")
     return data
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; the folder holds {_held(path.parent)}") from None
+
+
+def _held(folder: Path) -> str:
+    """What an error shows of a folder."""
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    return ", ".join(names) or "nothing"
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,23 @@ def decode_latents(vae: Any, latents: torch.Tensor, timestep: float, noise_scale
         drawn = noise("decode", tuple(latents.shape)).to(latents.device)
         latents = latents * (1 - noise_scale) + drawn * noise_scale
         level = torch.tensor([timestep], device=latents.device)
-    return vae.decode(unnormalize(latents, vae).to(vae.dtype), level, return_dict=False)[0]
+    with _seeded_decoder(vae, noise):
+        return vae.decode(unnormalize(latents, vae).to(vae.dtype), level, return_dict=False)[0]
+
+
+@contextmanager
+def _seeded_decoder(vae: Any, noise: Noise) -> Iterator[None]:
+    """The decoder of release 0.9.1 draws from the global generator inside its layers: seed it by the row.
+
+    On a GPU that generator is the GPU's, so these draws do depend on the kind of device.
+    """
+    if not any(vae.config.decoder_inject_noise):
+        yield
+        return
+    seed = int(noise("decode.inject", (1,)).view(torch.int32))
+    with torch.random.fork_rng([vae.device] if vae.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def to_uint8(video: torch.Tensor) -> NDArray[np.uint8]:

@@ -16,6 +16,7 @@ from ltx_batch.storage import FileRef, expand, fetch_uri, is_local_uri
 
 # Folders whose files change the picture. Readmes and the like beside them do not count.
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "latent_upsampler")
+SCHEDULER_FILE = "scheduler/scheduler_config.json"
 _SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".yaml")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?")
 

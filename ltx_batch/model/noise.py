@@ -8,6 +8,7 @@ shapes they are drawn in (always fp32, always one row):
     pass1.condition.<condition>     [1, channels, frames, height, width]   under a condition's extra tokens
     pass1.condition_noise.<step>    [1, tokens, channels]                  on tokens of strength 1; extra tokens first
     decode                          [1, channels, frames, height, width]
+    decode.inject                   [1]                                    only seeds the decoder of release 0.9.1
 """
 
 from __future__ import annotations
@@ -38,4 +39,6 @@ def named_seed(seed: int, name: str) -> int:
 
 def draw_rows(noises: Sequence[Noise], name: str, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """The draw of each row, [rows, *shape], on `device`; `shape` is without the row axis."""
-    return torch.cat([noise(name, (1, *shape)) for noise in noises]).to(device)
+    drawn = torch.cat([noise(name, (1, *shape)) for noise in noises])
+    # Pinned, the copy to a GPU waits for nothing, and drawing the next step's noise hides behind this step.
+    return drawn.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else drawn

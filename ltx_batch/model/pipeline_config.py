@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -93,7 +94,9 @@ def check_sigmas(sigmas: Any) -> None:
             raise ValueError(f"timesteps must fall from step to step, found {before} and then {after}")
 
 
-def load_pipeline_config(named: str | None, folder: Path | None = None) -> PipelineConfig:
+def load_pipeline_config(
+    named: str | None, folder: Path | None = None, *, options: Mapping[str, Any] | None = None
+) -> PipelineConfig:
     """The config at `named` (path or URI); else the one in the checkpoint's `folder`; else the official base defaults.
 
     Raises JobError with every fault at once: an unreadable file, unknown keys (the nearest is named), wrong values,
@@ -105,7 +108,7 @@ def load_pipeline_config(named: str | None, folder: Path | None = None) -> Pipel
             return PipelineConfig.model_validate({})
         named = str(beside)
     try:
-        data = yaml.safe_load(read_uri(named))
+        data = yaml.safe_load(read_uri(named, options))
     except FileNotFoundError:
         raise JobError(f"no pipeline config at {named}; give the path or URI of an official YAML file") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:

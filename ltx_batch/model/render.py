@@ -40,7 +40,8 @@ def render_batch(
     frames = _render_alike(pipeline, plan, rows, watch)
     peak_bytes = torch.cuda.max_memory_allocated(pipeline.device) if on_gpu else None
     timings = {name: seconds / len(requests) for name, seconds in watch.seconds.items()}
-    return [Clip(pixels, plan.frame_rate, dict(timings), dict(pipeline.ran), peak_bytes) for pixels in frames]
+    ran = {**pipeline.ran, "batch_size": len(requests)}
+    return [Clip(pixels, plan.frame_rate, dict(timings), dict(ran), peak_bytes) for pixels in frames]
 
 
 def _prepare(request: RenderRequest, media: Media, plan: Plan) -> tuple[ConditionItem, ...]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from ltx_batch.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +21,15 @@ class SchedulerConfig:
     base_image_seq_len: int = 256
     max_image_seq_len: int = 4096
     shift_terminal: float | None = None
+
+    @classmethod
+    def parse(cls, text: bytes, *, source: str) -> SchedulerConfig:
+        """Raises CheckpointError where `text` is no scheduler configuration."""
+        try:
+            data = json.loads(text)
+            return cls(**{field.name: data[field.name] for field in fields(cls) if data.get(field.name) is not None})
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{source} is not a scheduler configuration: {error}") from None
 
 
 def make_sigmas(sampler: str, num_inference_steps: int, tokens: int, scheduler: SchedulerConfig) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ Built by hand and not through diffusers' quantisation config, which needs a GPU 
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import nn
 
 from ltx_batch.errors import PrecisionError
 from ltx_batch.model.quantize.policy import Precision, matches
+
+# It computes in fp16 whatever the model holds, and says so at every other call.
+warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
 
 # proj_in, proj_out, time_embed and caption_projection lie outside the blocks and stay: 1 % of the weights, and every
 # published recipe keeps them.
@@ -24,7 +28,11 @@ def quantize_blocks(transformer: nn.Module, policy: Precision, device: torch.dev
     Returns what happened: counts of quantised and skipped layers. Raises PrecisionError where nothing is quantised, or
     a skip pattern matches no layer.
     """
-    layers = {name: layer for name, layer in transformer.named_modules() if _is_candidate(name, layer)}
+    layers = {
+        name: layer
+        for name, layer in transformer.named_modules()
+        if isinstance(layer, nn.Linear) and name.startswith(BLOCKS)
+    }
     for pattern in policy.skip:
         if not any(matches(name, pattern) for name in layers):
             raise PrecisionError(
@@ -50,20 +58,16 @@ def scale_bytes(module: nn.Module) -> int:
     found = 0
     for layer in module.modules():
         if type(layer).__name__ == "Linear8bitLt":
-            scales = layer.weight.SCB if layer.weight.SCB is not None else layer.state.SCB  # type: ignore[union-attr]
+            held: Any = layer  # the first forward moves the scales from the weight to the layer's state
+            scales = held.state.SCB if held.weight.SCB is None else held.weight.SCB
             found += scales.numel() * scales.element_size()
     return found
 
 
-def _is_candidate(name: str, layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) and name.startswith(BLOCKS)
-
-
-def _quantized(layer: nn.Module, threshold: float, device: torch.device) -> nn.Module:
+def _quantized(layer: nn.Linear, threshold: float, device: torch.device) -> nn.Module:
     import bitsandbytes
 
-    assert isinstance(layer, nn.Linear)
-    made = bitsandbytes.nn.Linear8bitLt(
+    made: nn.Module = bitsandbytes.nn.Linear8bitLt(
         layer.in_features,
         layer.out_features,
         bias=layer.bias is not None,
