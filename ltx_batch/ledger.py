@@ -46,8 +46,8 @@ class Ledger:
         """Publish `video`, a local file, as the clip of `record.key`.
 
         The video goes up first, then the record is created; whoever creates it has won. Returns the record that counts:
-        ours, with `video`, `sha256`, `video_bytes`, `attempt_id` and the upload's seconds filled in, or the winner's with `reused` set, in which case
-        our file is removed again unless it is the winner's very bytes.
+        ours, with `video`, `sha256`, `video_bytes`, `attempt_id` and the upload's seconds filled in, or the winner's with
+        `reused` set, in which case our file is removed again unless it is the winner's very bytes.
         """
         sha256 = _sha256(video)
         name = f"videos/{record.key[:2]}/{record.key}.{sha256[:12]}.mp4"
