@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from http.client import IncompleteRead
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from ltx_batch.errors import StorageRefused
 
@@ -61,31 +61,31 @@ def patiently(uri: str, operation: Callable[[], T]) -> T:
     """Run a remote operation; try again, with jittered waits, while its fault is one that passes.
 
     The store's own client may have repeated the request already, so that a create-only write may meet its own success.
-    Raises FileNotFoundError, FileExistsError and PermissionError as they are, StorageRefused for a store that cannot
-    be used at all, and the last fault once patience is out.
+    Raises FileNotFoundError, FileExistsError or PermissionError with the URI in the message, StorageRefused for a store
+    that cannot be used at all, and the last fault once patience is out.
     """
-    for wait_s in [_FIRST_WAIT_S * 2**n for n in range(_TRIES - 1)]:
+    tries = 0
+    while True:
         try:
             return operation()
         except Exception as error:
-            if not _passes(error):
-                raise _explained(uri, error) from error
-            time.sleep(wait_s * random.uniform(0.5, 1.5))
-    try:
-        return operation()
-    except Exception as error:
-        raise _explained(uri, error) from error
+            tries += 1
+            if tries == _TRIES or not _passes(error):
+                _raise_explained(uri, error)
+        time.sleep(_FIRST_WAIT_S * 2 ** (tries - 1) * random.uniform(0.5, 1.5))
 
 
-def _explained(uri: str, error: Exception) -> Exception:
+def _raise_explained(uri: str, error: Exception) -> NoReturn:
     """The same fault with the URI in its message; libraries say "The specified key does not exist." and no more."""
     if _exists_already(error):
-        return FileExistsError(uri)
+        raise FileExistsError(uri) from error
     if refused := _refusal(uri, error):
-        return refused
-    if isinstance(error, FileNotFoundError | PermissionError):
-        return type(error)(f"{uri}: {error}")
-    return error
+        raise refused from error
+    if isinstance(error, FileNotFoundError):
+        raise FileNotFoundError(f"{uri}: {error}") from error
+    if isinstance(error, PermissionError):
+        raise PermissionError(f"{uri}: {error}") from error
+    raise error
 
 
 def _refusal(uri: str, error: Exception) -> StorageRefused | None:
