@@ -74,8 +74,8 @@ def linear_quadratic(num_steps: int, threshold: float = 0.025) -> list[float]:
 
 
 def _shift(sigmas: Sequence[float], factor: float) -> list[float]:
-    """s -> f / (f + 1/s - 1): arXiv 2403.03206, and the static shift of diffusers' flow-match scheduler."""
-    return [factor / (factor + 1.0 / sigma - 1.0) for sigma in sigmas]
+    """s -> f s / (1 + (f - 1) s): arXiv 2403.03206; a factor of 1 changes no bit."""
+    return [factor * sigma / (1.0 + (factor - 1.0) * sigma) for sigma in sigmas]
 
 
 def _dynamic_shift(tokens: int, scheduler: SchedulerConfig) -> float:

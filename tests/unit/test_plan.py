@@ -1,0 +1,112 @@
+"""Plans: sizes, sigmas and defaults of a request, decided without torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from ltx_batch.errors import InvalidRow
+from ltx_batch.model.pipeline_config import PipelineConfig
+from ltx_batch.model.plan import Plan, pad_frames, pad_size, plan_request
+from ltx_batch.model.sigmas import SchedulerConfig
+from ltx_batch.request import Condition, RenderRequest
+
+REQUEST = RenderRequest(prompt="a red circle", height=128, width=128, num_frames=17)
+
+
+def plan(config: dict[str, Any] | None = None, **changes: Any) -> Plan:
+    return plan_request(replace(REQUEST, **changes), PipelineConfig.model_validate(config or {}), SchedulerConfig())
+
+
+@pytest.mark.parametrize(("pixels", "padded"), [(32, 32), (33, 64), (60, 64), (704, 704), (720, 736), (1080, 1088)])
+def test_sizes_are_padded_to_multiples_of_32(pixels: int, padded: int) -> None:
+    assert pad_size(pixels) == padded
+
+
+@pytest.mark.parametrize(
+    ("frames", "padded"), [(1, 1), (2, 9), (9, 9), (10, 17), (16, 17), (17, 17), (120, 121), (121, 121)]
+)
+def test_frames_are_raised_to_8k_plus_1(frames: int, padded: int) -> None:
+    assert pad_frames(frames) == padded
+
+
+def test_the_pad_is_centred_and_its_odd_pixel_lies_below() -> None:
+    found = plan(height=60, width=90, num_frames=12)
+    one = found.passes[0]
+    assert (one.height, one.width, one.num_frames) == (64, 96, 17)
+    assert (found.pad_top, found.pad_left) == (2, 3)
+    assert (found.height, found.width, found.num_frames) == (60, 90, 12)
+
+
+def test_tokens_are_those_of_the_official_grid() -> None:
+    assert plan(height=704, width=1216, num_frames=121).passes[0].latent_size == (16, 22, 38)
+    assert plan(height=704, width=1216, num_frames=121).passes[0].tokens == 13_376
+
+
+def test_a_field_that_is_none_takes_the_configs_value() -> None:
+    config = {
+        "timesteps": [1.0, 0.5],
+        "guidance_scale": 2.5,
+        "decode_timestep": 0.1,
+        "decode_noise_scale": 0.2,
+        "image_cond_noise_scale": 0.3,
+    }
+    found = plan(config)
+    assert found.passes[0].sigmas == (1.0, 0.5)
+    assert [step.guidance_scale for step in found.passes[0].guidance] == [2.5, 2.5]
+    assert (found.decode_timestep, found.decode_noise_scale, found.image_cond_noise_scale) == (0.1, 0.2, 0.3)
+
+
+def test_a_request_wins_over_the_config_also_with_zero() -> None:
+    config = {"timesteps": [1.0, 0.5], "guidance_scale": 2.5}
+    found = plan(
+        config,
+        timesteps=(1.0, 0.7, 0.3),
+        guidance_scale=1.0,
+        decode_timestep=0.0,
+        decode_noise_scale=0.0,
+        image_cond_noise_scale=0.0,
+    )
+    assert found.passes[0].sigmas == (1.0, 0.7, 0.3)
+    assert not found.needs_negative
+    assert (found.decode_timestep, found.decode_noise_scale, found.image_cond_noise_scale) == (0, 0, 0)
+
+
+def test_steps_of_a_request_replace_timesteps_of_the_config() -> None:
+    assert plan({"timesteps": [1.0, 0.5]}, num_inference_steps=7).passes[0].calls == 7
+    assert plan({"timesteps": [1.0, 0.5]}, num_inference_steps=7, timesteps=(0.9,)).passes[0].sigmas == (0.9,)
+
+
+def test_decode_noise_follows_the_decode_timestep_where_the_config_says_null() -> None:
+    assert plan({"decode_noise_scale": None}, decode_timestep=0.07).decode_noise_scale == 0.07
+
+
+def test_tables_are_looked_up_at_each_sigma() -> None:
+    config = {"timesteps": [1.0, 0.99, 0.9, 0.5], "guidance_scale": [1, 6, 8], "guidance_timesteps": [1.0, 0.95, 0.8]}
+    assert [step.guidance_scale for step in plan(config).passes[0].guidance] == [1, 6, 8, 8]
+    assert [step.rows for step in plan(config).passes[0].guidance] == [1, 2, 2, 2]
+    assert [step.guidance_scale for step in plan(config, guidance_scale=4.0).passes[0].guidance] == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"timesteps": (0.5, 0.5)}, "must fall from step to step, found 0.5 and then 0.5"),
+        ({"timesteps": (1000.0, 500.0)}, "divide by 1000"),
+        ({"timesteps": ()}, "must not be empty"),
+        ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
+        ({"stg_scale": 1.0}, "not built yet"),
+        ({"input_media": Condition("a.mp4")}, "not built yet"),
+        ({"prompt": "  "}, "prompt is empty"),
+        ({"height": 0}, "height must be above 0"),
+        ({"frame_rate": 0.0}, "frame_rate must be above 0"),
+        ({"conditions": (Condition("a.png", 17),)}, "starts at frame 17; the clip has frames 0 to 16"),
+        ({"conditions": (Condition("a.png", -1),)}, "starts at frame -1"),
+        ({"conditions": (Condition("a.png", 0, 1.5),)}, "strength must be in 0..1"),
+    ],
+)
+def test_what_only_the_model_knows_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRow, match=message):
+        plan(**changes)
