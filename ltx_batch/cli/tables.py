@@ -1,0 +1,47 @@
+"""A plan as tables."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from ltx_batch.cli.output import duration
+
+if TYPE_CHECKING:
+    from ltx_batch.plan import Estimate, JobPlan, Shape
+
+
+def print_plan(found: JobPlan) -> None:
+    console = Console(highlight=False)
+    console.print(_rows(found))
+    console.print(_shapes(found.shapes))
+    console.print(_estimated(found.estimate))
+    for note in {found.note, found.estimate.note} - {None}:
+        console.print(f"note: {note}", markup=False)
+    if found.invalid:
+        console.print(f"note: {found.invalid} rows break rules; `ltx-batch validate` names them", markup=False)
+
+
+def _rows(found: JobPlan) -> str:
+    done = "unknown" if found.done is None else str(found.done)
+    failed = "unknown" if found.failed is None else str(found.failed)
+    return f"rows: {found.new} new, {done} done, {failed} failed"
+
+
+def _shapes(shapes: tuple[Shape, ...]) -> Table:
+    table = Table("size", "frames", "rows", "new", "passes (tokens x calls)")
+    for shape in shapes:
+        passes = ", ".join(f"{one.width}x{one.height}: {one.tokens} x {one.calls}" for one in shape.passes)
+        new = "?" if shape.new is None else str(shape.new)
+        table.add_row(f"{shape.width}x{shape.height}", str(shape.num_frames), str(shape.rows), new, passes)
+    return table
+
+
+def _estimated(estimate: Estimate) -> str:
+    if estimate.worker_hours is None or estimate.gpu_hours is None or estimate.storage_bytes is None:
+        return "estimate: none"
+    time = f"{duration(estimate.worker_hours * 3600)} of one worker's rendering, {estimate.gpu_hours:.2f} GPU-hours"
+    cost = "" if estimate.cost is None else f", cost {estimate.cost:.2f}"
+    return f"estimate: {time}{cost}, {estimate.storage_bytes / 1e6:.1f} MB of videos"

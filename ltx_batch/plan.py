@@ -1,0 +1,259 @@
+"""Plan: what a run would do and roughly cost, read from the manifest and the ledger. Starts nothing, loads no torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ltx_batch.admission import Admission
+from ltx_batch.errors import CheckpointError, InvalidRow
+from ltx_batch.job import JobSpec
+from ltx_batch.ledger import Ledger
+from ltx_batch.manifest import Manifest, resolve_rows
+from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config
+from ltx_batch.model.plan import plan_request
+from ltx_batch.model.sigmas import SchedulerConfig
+from ltx_batch.recipe import make_recipe, run_id
+from ltx_batch.renderer import resolve_checkpoint, resolve_precision
+from ltx_batch.request import RenderRequest
+from ltx_batch.tally import Tally
+from ltx_batch.worker import open_output
+
+_MEASURED_SHARDS = 32  # of each earlier run: enough for an average, few enough to read
+Size = tuple[int, int, int]  # height, width, num_frames
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One run of the denoise loop: padded size in pixels, latent tokens, calls of the transformer."""
+
+    height: int
+    width: int
+    tokens: int
+    calls: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Rows of one size that take the same passes. `new` of them have no clip yet; None where that is not known."""
+
+    height: int
+    width: int
+    num_frames: int
+    rows: int
+    new: int | None
+    passes: tuple[Pass, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What the new rows will take, going by rows of their sizes in this output; None and a reason where there are none.
+
+    `worker_hours` are one worker's hours of rendering, `gpu_hours` those in which it holds a GPU.
+    """
+
+    worker_hours: float | None = None
+    gpu_hours: float | None = None
+    cost: float | None = None
+    storage_bytes: int | None = None
+    measured_rows: int = 0
+    note: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class JobPlan:
+    """`new` rows would be rendered, `done` have their clip, `failed` wait for `retry`, `invalid` break the contract.
+
+    `done` and `failed` are None where keys cannot be made, which `note` explains.
+    """
+
+    new: int
+    done: int | None
+    failed: int | None
+    invalid: int
+    shapes: tuple[Shape, ...]
+    estimate: Estimate
+    note: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        data = asdict(self)
+        rows = {name: data.pop(name) for name in ("new", "done", "failed", "invalid")}
+        return {"rows": rows, **data}
+
+
+def make_plan(job: JobSpec) -> JobPlan:
+    """Raises JobError or ManifestError where nothing could be planned."""
+    manifest = Manifest.open(job.manifest, options=job.storage.options)
+    ledger = Ledger(open_output(job))
+    shapes, invalid = _shapes(job, manifest)
+    found = _compare(job, manifest, ledger)
+    known = found.new is not None
+    new = found.new or Counter()
+    return JobPlan(
+        new=sum(new.values()) if known else manifest.rows - invalid,
+        done=found.done if known else None,
+        failed=found.failed if known else None,
+        invalid=invalid,
+        shapes=tuple(_with_new(shapes, new if known else None)),
+        estimate=_estimate(job, ledger, found.recipe, new) if known else Estimate(note=found.note),
+        note=found.note,
+    )
+
+
+# shapes
+
+
+def _shapes(job: JobSpec, manifest: Manifest) -> tuple[Counter[tuple[Size, tuple[Pass, ...]]], int]:
+    """Rows by size and passes, and how many rows break a rule."""
+    config, scheduler = _config(job), SchedulerConfig()  # which sigmas, not how many, is the scheduler's
+    counts: Counter[tuple[Size, tuple[Pass, ...]]] = Counter()
+    invalid = 0
+    for shard in manifest.shards(job.shard_rows):
+        for row in resolve_rows(manifest.read(shard), manifest=manifest, shard=shard, defaults=job.defaults):
+            try:
+                passes = _passes(row.request, config, scheduler)
+            except InvalidRow:
+                invalid += 1
+            else:
+                counts[_size(row.request), passes] += 1
+    return counts, invalid
+
+
+def _config(job: JobSpec) -> PipelineConfig:
+    if job.model.pipeline_config is None and job.model.checkpoint:
+        try:
+            return load_pipeline_config(None, Path(resolve_checkpoint(job.model.checkpoint)))
+        except CheckpointError:
+            return PipelineConfig()
+    return load_pipeline_config(job.model.pipeline_config)
+
+
+def _passes(request: RenderRequest | None, config: PipelineConfig, scheduler: SchedulerConfig) -> tuple[Pass, ...]:
+    if request is None:
+        raise InvalidRow("the row breaks a rule of the manifest")
+    plan = plan_request(request, config, scheduler)
+    return tuple(Pass(one.height, one.width, one.tokens, one.calls) for one in plan.passes)
+
+
+def _size(request: RenderRequest | None) -> Size:
+    assert request is not None
+    return request.height, request.width, request.num_frames
+
+
+def _with_new(shapes: Counter[tuple[Size, tuple[Pass, ...]]], new: Counter[Size] | None) -> Iterator[Shape]:
+    """Largest sizes first. Rows of one size but other passes share its new rows in the order they are met."""
+    left = Counter(new)
+    for (size, passes), rows in sorted(shapes.items(), key=lambda item: item[0][0], reverse=True):
+        share = min(rows, left[size])
+        left[size] -= share
+        yield Shape(*size, rows=rows, new=None if new is None else share, passes=passes)
+
+
+# against the ledger
+
+
+@dataclass(slots=True)
+class _Comparison:
+    """`new` counts rows by size; None where it cannot be told, for the reason in `note`."""
+
+    new: Counter[Size] | None = None
+    done: int = 0
+    failed: int = 0
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    note: str | None = None
+
+
+def _compare(job: JobSpec, manifest: Manifest, ledger: Ledger) -> _Comparison:
+    """Which rows the ledger knows: by this run's finished shards, then by key."""
+    try:
+        recipe = make_recipe(job)
+    except CheckpointError as error:
+        return _Comparison(note=f"what is done shows only with the checkpoint at hand: {error}")
+    run = run_id(manifest.fingerprint(), recipe, job)
+    precision = _precision(job, ledger, run, recipe)
+    if precision is None:
+        return _Comparison(note="what is done shows once a first run has resolved `precision: auto`")
+    tally = Tally(run, manifest.rows)
+    admission = Admission(job, ledger, manifest, run, check_media=False)
+    admission.count_finished(list(manifest.shards(job.shard_rows)), tally, retry=False)
+    found = _Comparison(Counter(), tally.ok, tally.failed, recipe)
+    assert found.new is not None
+    for prepared in admission.prepare({**recipe, "precision": precision}, {}):
+        for _, key, request, _ in prepared.wanted:
+            if key in prepared.known:
+                found.done += 1
+            else:
+                found.new[_size(request)] += 1
+    return found
+
+
+def _precision(job: JobSpec, ledger: Ledger, run: str, recipe: Mapping[str, Any]) -> str | None:
+    """The precision in this job's keys. `auto` is what this run, or else another of the same recipe, resolved it to."""
+    asked = job.model.precision
+    if asked != "auto" or job.model.device != "auto":
+        return resolve_precision(asked, job.model.device)
+    runs = ledger.runs()
+    if not runs:
+        return asked  # the output is empty, so no key is looked for
+    for name in [run, *reversed(runs)]:
+        described = ledger.read_run(name)
+        if described is not None and described["recipe"] == recipe:
+            return str(described["precision"])
+    return None
+
+
+# what it will take
+
+
+@dataclass(slots=True)
+class _Measured:
+    rows: int = 0
+    render_s: float = 0.0
+    gpu_s: float = 0.0
+    bytes: int = 0
+
+
+def _estimate(job: JobSpec, ledger: Ledger, recipe: Mapping[str, Any], new: Counter[Size]) -> Estimate:
+    if not new.total():
+        return Estimate(0.0, 0.0, None if job.gpu_hour_price is None else 0.0, 0)
+    measured = _measure(ledger, recipe)
+    unknown = [size for size in new if size not in measured]
+    if unknown:
+        height, width, num_frames = unknown[0]
+        return Estimate(note=f"no row of {height}x{width}, {num_frames} frames was rendered in this output yet")
+    known = [(count / measured[size].rows, measured[size]) for size, count in new.items()]
+    gpu_hours = sum(share * one.gpu_s for share, one in known) / 3600
+    return Estimate(
+        worker_hours=round(sum(share * one.render_s for share, one in known) / 3600, 4),
+        gpu_hours=round(gpu_hours, 4),
+        cost=None if job.gpu_hour_price is None else round(gpu_hours * job.gpu_hour_price, 2),
+        storage_bytes=round(sum(share * one.bytes for share, one in known)),
+        measured_rows=sum(one.rows for _, one in known),
+    )
+
+
+def _measure(ledger: Ledger, recipe: Mapping[str, Any]) -> dict[Size, _Measured]:
+    """Seconds and bytes by size, from finished shards of runs with this recipe."""
+    measured: dict[Size, _Measured] = {}
+    for run in ledger.runs():
+        described = ledger.read_run(run)
+        if described is None or described["recipe"] != recipe:
+            continue
+        for shard, epoch in list(ledger.finished_shards(run).items())[-_MEASURED_SHARDS:]:
+            for line in ledger.read_shard(run, shard, epoch).to_pylist():
+                _add(measured, line, described["job"]["defaults"])
+    return measured
+
+
+def _add(measured: dict[Size, _Measured], line: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    if line["ltx_status"] != "ok" or line["ltx_render_seconds"] is None:
+        return
+    height, width, num_frames = (int(line.get(name) or defaults[name]) for name in ("height", "width", "num_frames"))
+    one = measured.setdefault((height, width, num_frames), _Measured())
+    one.rows += 1
+    one.render_s += line["ltx_render_seconds"]
+    one.gpu_s += line["ltx_gpu_seconds"] or 0.0
+    one.bytes += line["ltx_bytes"] or 0
