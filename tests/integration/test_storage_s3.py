@@ -56,12 +56,18 @@ def test_the_whole_contract(storage: Storage, tmp_path: Path) -> None:
     assert storage.read("empty") == b""
 
 
-def test_others_see_a_new_file_at_once(storage: Storage) -> None:
-    """No listing may come from a cache."""
-    other = pickle.loads(pickle.dumps(storage))
-    assert other.list("a") == []
-    storage.create("a/x", b"1")
-    assert other.list("a") == ["a/x"]
+def test_what_others_write_is_seen_at_once(storage: Storage) -> None:
+    """No listing may come from a cache. Other options make another connection, as another machine has."""
+    other = Storage(storage.uri, options={"default_fill_cache": False})
+    storage.create("a/x/1", b"1")
+    assert (storage.list("a"), storage.folders("a"), storage.exists("a/y/2")) == (["a/x/1"], ["x"], False)
+    other.create("a/y/2", b"2")
+    assert (storage.list("a"), storage.folders("a"), storage.exists("a/y/2")) == (["a/x/1", "a/y/2"], ["x", "y"], True)
+
+
+def test_a_pickled_storage_connects_again(storage: Storage) -> None:
+    storage.create("x", b"1")
+    assert pickle.loads(pickle.dumps(storage)).read("x") == b"1"
 
 
 def _create_all(job: tuple[Storage, int]) -> list[bool]:
