@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ltx_batch.clip import Clip
-from ltx_batch.errors import CheckpointError, JobError
+from ltx_batch.errors import CheckpointError, JobError, MediaError
 from ltx_batch.model.fetch import SCHEDULER_FILE, checkpoint_files, local_folder
 from ltx_batch.model.pipeline_config import FILE_NAME, PipelineConfig, load_pipeline_config
 from ltx_batch.model.plan import Plan, plan_request
@@ -70,7 +70,7 @@ class LtxRenderer:
         if len({request.batch_key() for request in requests}) > 1:
             raise ValueError("the requests of one render call must share their batch_key()")
         plans = [self.plan(request) for request in requests]
-        media = [[read_condition(condition) for condition in request.conditions] for request in requests]
+        media = [[read_condition(c, request.num_frames) for c in request.conditions] for request in requests]
         return render_batch(self._pipeline, plans[0], requests, media) if requests else []
 
     def close(self) -> None:
@@ -169,16 +169,19 @@ def resolve_precision(name: str, device: str) -> str:
     return policy.resolve_name(name, device)
 
 
-def read_condition(condition: Condition) -> NDArray[np.uint8]:
-    """The media as uint8 RGB frames [F, H, W, 3]. Raises MediaError."""
+def read_condition(condition: Condition, num_frames: int) -> NDArray[np.uint8]:
+    """The media as uint8 RGB frames [F, H, W, 3], at most what a clip of `num_frames` can use. Raises MediaError."""
     if isinstance(condition.media, np.ndarray):
         return condition.media
     from ltx_batch.media import read_media
 
-    source = str(condition.media)
+    source, num_frames = str(condition.media), num_frames - condition.start_frame
     if is_local_uri(source):
-        return read_media(source)
+        return read_media(source, num_frames=num_frames)
     with TemporaryDirectory(prefix="ltx_batch-") as scratch:
         target = Path(scratch, Path(source).name)
-        fetch_uri(source, target)
-        return read_media(target)
+        try:
+            fetch_uri(source, target)
+        except FileNotFoundError:
+            raise MediaError(f"{source} does not exist") from None
+        return read_media(target, num_frames=num_frames)

@@ -73,9 +73,10 @@ class RenderRequest:
     def batch_key(self) -> tuple[Any, ...]:
         """What must be equal for requests to share one forward pass: shape, rate, schedule, guidance, condition layout."""
         layout = tuple((c.start_frame, canonical(c.strength)) for c in self.conditions)
+        timesteps = None if self.timesteps is None else tuple(canonical(self.timesteps))
         return (
             *(self.height, self.width, self.num_frames, canonical(self.frame_rate)),
-            *(self.num_inference_steps, canonical(self.timesteps), canonical(self.guidance_scale)),
+            *(self.num_inference_steps, timesteps, canonical(self.guidance_scale)),
             *(canonical(self.stg_scale), canonical(self.image_cond_noise_scale)),
             *(canonical(self.decode_timestep), canonical(self.decode_noise_scale)),
             *(layout, self.input_media is not None),
