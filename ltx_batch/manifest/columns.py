@@ -128,8 +128,6 @@ def near_misses(file: str, names: Iterable[str]) -> list[RowIssue]:
 def nearest_column(name: str) -> str | None:
     """The column of the contract that an unknown name most likely means."""
     plain = name.strip().lower().replace("-", "_").replace(" ", "_")
-    if plain in COLUMNS:
-        return plain
     close = difflib.get_close_matches(plain, COLUMNS, n=1, cutoff=0.83)
     return close[0] if close else _ELSEWHERE.get(plain)
 

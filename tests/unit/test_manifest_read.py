@@ -15,7 +15,7 @@ from manifest_files import FORMATS, resolve, write
 
 from ltx_batch.errors import ManifestError
 from ltx_batch.manifest import Manifest
-from ltx_batch.manifest.sources import TEXT_GROUP_ROWS
+from ltx_batch.manifest.sources import TEXT_GROUP_ROWS, suffix
 
 WORDS = ("red", "circle", "über", "円", 'a "quoted" word', "comma, here", "line\nbreak", "tab\tstop", "\\", "'")
 
@@ -162,9 +162,9 @@ def test_csv_with_byte_order_mark_and_windows_lines(tmp_path: Path) -> None:
     assert [(row.prompt, row.height) for row in rows if row] == [("a", 128), ("b\r\nc", 128), ('5" disc', 64)]
 
 
-def test_jsonl_without_a_last_newline_and_with_blank_lines(tmp_path: Path) -> None:
+def test_jsonl_with_byte_order_mark_and_blank_lines_and_no_last_newline(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'\n{"prompt": "a"}\n  \r\n{"prompt": "b"}')
+    path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\n\n  \r\n{"prompt": "b"}')
     assert [row.request.prompt for row in resolve(path) if row.request] == ["a", "b"]
 
 
@@ -199,6 +199,11 @@ def test_a_quote_that_is_never_closed_is_named(tmp_path: Path) -> None:
     rows = resolve(path)
     assert [row.row for row in rows] == [0, 1]
     assert rows[1].issues[0].rule == "the line is not CSV: unexpected end of data"
+
+
+def test_the_format_is_the_end_of_the_path() -> None:
+    assert suffix("s3://bucket/rows.PARQUET?versionId=1.csv") == "parquet"
+    assert suffix("/folder.d/what?.csv") == "csv"
 
 
 def refused(uri: Path | str) -> list[tuple[str | None, str]]:

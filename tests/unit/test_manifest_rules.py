@@ -12,8 +12,8 @@ import pytest
 from manifest_files import DEFAULTS, FORMATS, resolve, write
 
 from ltx_batch.errors import JobError, ManifestError
-from ltx_batch.job import RowDefaults
-from ltx_batch.manifest import Manifest, seed_of
+from ltx_batch.job import JobSpec, RowDefaults
+from ltx_batch.manifest import Manifest, seed_of, validate
 from ltx_batch.manifest.columns import nearest_column
 from ltx_batch.manifest.rules import check_defaults
 from ltx_batch.request import Condition, RenderRequest
@@ -81,6 +81,17 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 
+def test_all_of_them_in_one_manifest(tmp_path: Path) -> None:
+    names = dict.fromkeys(name for change, _, _ in BROKEN for name in change)
+    rows = [dict.fromkeys(names) | {"prompt": "a", "seed": 0} | change for change, _, _ in BROKEN]
+    for kind in FORMATS:
+        manifest = Manifest.open(str(write(tmp_path, rows, kind, group=7)))
+        found = validate(manifest, JobSpec(manifest="m", output="o", defaults=DEFAULTS), tokenizer=None)
+        named = {(issue.row, issue.column): issue.rule for issue in found.errors if "no file" not in issue.rule}
+        wanted = {(n, column): rule for n, (_, column, rule) in enumerate(BROKEN)}
+        assert named == wanted, kind
+
+
 def same(found: Any, put: Any) -> bool:
     return str(found) == str(put) if isinstance(put, float) else bool(found == put)
 
@@ -109,6 +120,21 @@ def test_all_rules_of_a_row_come_at_once_in_the_order_of_the_contract(tmp_path: 
         *((FRAMES, [99]), (STRENGTHS, [2.0])),
     ]
     assert str(row.issues[1]) == f"{row.file} row 0 (x), seed = -5: must be 0 to 9223372036854775807"
+
+
+def test_lists_of_one_row_are_not_compared_with_the_next_rows(tmp_path: Path) -> None:
+    lists = [[0.5, 0.25], [1.0, 0.5], None, [1.0]]
+    for kind in FORMATS:
+        rows = resolve(write(tmp_path, [{"prompt": "a", "timesteps": entries} for entries in lists], kind))
+        assert [row.request and row.request.timesteps for row in rows] == [
+            entries and tuple(entries) for entries in lists
+        ]
+
+
+def test_a_bad_num_frames_is_one_fault_and_not_two(tmp_path: Path) -> None:
+    rows = [{"prompt": "a", **ONE, FRAMES: [30], "num_frames": frames} for frames in ("33", "many", "")]
+    found = resolve(write(tmp_path, rows, "csv"))
+    assert [[issue.column for issue in row.issues] for row in found] == [[], ["num_frames"], [FRAMES]]
 
 
 LIMITS: list[dict[str, Any]] = [
@@ -179,6 +205,8 @@ def test_values_of_jsonl_of_the_wrong_type(tmp_path: Path, column: str, good: An
     rows = resolve(write(tmp_path, [{"prompt": "a", column: good}, {"prompt": "a", column: bad}], "jsonl"))
     assert rows[0].request is not None
     assert [(i.row, i.column, i.value, i.rule) for i in rows[1].issues] == [(1, column, bad, rule)]
+    (alone,) = resolve(write(tmp_path, [{"prompt": "a", column: bad}], "jsonl"))
+    assert [(i.row, i.column, i.value, i.rule) for i in alone.issues] == [(0, column, bad, rule)]
 
 
 WRONG_TYPES = [

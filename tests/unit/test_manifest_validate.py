@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 from manifest_files import DEFAULTS, FORMATS, resolve, write
-from tokenizers import Tokenizer
+from tokenizers import Regex, Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.normalizers import NFKC
+from tokenizers.pre_tokenizers import Split, WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
 
 from ltx_batch.errors import CheckpointError, JobError, MediaError
 from ltx_batch.job import JobSpec, RowDefaults
@@ -117,7 +119,9 @@ def test_each_file_is_looked_for_once_and_not_beyond_the_limit(tmp_path: Path, m
     monkeypatch.setattr("ltx_batch.manifest.media.exists_uri", lambda uri, _: looked.append(uri))
     rows = [{"prompt": "a", "row_id": f"r{n}", PATHS: [f"{n % 4}.png"], FRAMES: [0]} for n in range(12)]
     monkeypatch.setattr(validation, "MediaLookup", lambda options: MediaLookup(options, limit=3))
-    found = check(write(tmp_path, rows, "jsonl"))
+    write(tmp_path, rows[:6], "jsonl", name="a")
+    write(tmp_path, rows[6:], "jsonl", name="b")
+    found = check(tmp_path)
     assert looked == [f"{tmp_path}/{n}.png" for n in range(3)]
     assert found.error_count == 9
 
@@ -136,6 +140,19 @@ def test_prompts_over_256_tokens_are_a_warning(tmp_path: Path, tokenizer: Path) 
         assert len(found.warnings[0].value) < 257  # a page-long prompt is not printed whole
 
 
+def test_tokens_are_counted_where_letters_may_be_many(tmp_path: Path) -> None:
+    """A tokenizer as fine as can be: each byte a token and an end mark; one Arabic ligature is unfolded into 18 letters."""
+    letters = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    letters.normalizer = NFKC()
+    letters.pre_tokenizer = Split(Regex("."), "isolated")
+    letters.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    letters.save(str(tmp_path / "tokenizer.json"))
+    rows = [{"prompt": prompt, "row_id": prompt[:1]} for prompt in ("a" * 255, "b" * 256, "\ufdfa" * 14, "\ufdfb" * 40)]
+    found = check(write(tmp_path, rows, "jsonl"), tmp_path / "tokenizer.json")
+    counts = [(issue.row, issue.rule.partition(";")[0]) for issue in found.warnings]
+    assert counts == [(1, "has 257 tokens"), (3, "has 321 tokens")]
+
+
 def test_a_tokenizer_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"is not a tokenizer\.json"):
@@ -149,6 +166,12 @@ def test_rows_without_seed_and_row_id_are_a_warning(tmp_path: Path) -> None:
     assert warning.rule == (
         "2 row(s) have neither seed nor row_id and take the job's seed 171198: equal ones among them are one video"
     )
+
+
+def test_a_line_that_is_no_row_is_not_warned_about(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "row_id": "r"}\nnot JSON\n')
+    found = check(tmp_path / "rows.jsonl")
+    assert (found.error_count, found.warnings) == (1, [])
 
 
 @pytest.mark.parametrize("kind", FORMATS)
