@@ -114,16 +114,20 @@ def test_missing_media_are_named_for_each_row(tmp_path: Path) -> None:
         ]
 
 
-def test_each_file_is_looked_for_once_and_not_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("limit", [3, 100])
+def test_each_file_is_looked_for_once_and_not_beyond_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: int
+) -> None:
     looked: list[str] = []
     monkeypatch.setattr("ltx_batch.manifest.media.exists_uri", lambda uri, _: looked.append(uri))
+    monkeypatch.setattr(validation, "MediaLookup", lambda options: MediaLookup(options, limit=limit))
     rows = [{"prompt": "a", "row_id": f"r{n}", PATHS: [f"{n % 4}.png"], FRAMES: [0]} for n in range(12)]
-    monkeypatch.setattr(validation, "MediaLookup", lambda options: MediaLookup(options, limit=3))
     write(tmp_path, rows[:6], "jsonl", name="a")
     write(tmp_path, rows[6:], "jsonl", name="b")
     found = check(tmp_path)
-    assert looked == [f"{tmp_path}/{n}.png" for n in range(3)]
-    assert found.error_count == 9
+    expected = min(limit, 4)
+    assert looked == [f"{tmp_path}/{n}.png" for n in range(expected)]
+    assert found.error_count == 3 * expected
 
 
 def test_prompts_over_256_tokens_are_a_warning(tmp_path: Path, tokenizer: Path) -> None:
