@@ -127,7 +127,11 @@ class Replay:
 def to_diffusers(condition: Condition) -> LTXVideoCondition:
     pictures = [Image.fromarray(frame) for frame in condition.media]
     where: dict[str, Any] = {"frame_index": condition.start_frame, "strength": condition.strength}
-    return LTXVideoCondition(image=pictures[0], **where) if len(pictures) == 1 else LTXVideoCondition(video=pictures, **where)
+    return (
+        LTXVideoCondition(image=pictures[0], **where)
+        if len(pictures) == 1
+        else LTXVideoCondition(video=pictures, **where)
+    )
 
 
 def test_embeddings_equal_those_of_diffusers(ours: LtxPipeline, theirs: LTXConditionPipeline) -> None:
