@@ -82,13 +82,16 @@ def _download(uri: str, options: Mapping[str, Any] | None) -> Path:
 
 
 def _from_hub(repo: str, revision: str | None) -> Path:
+    """The hub's files, in its own cache; where it cannot be reached, what that cache holds."""
     from huggingface_hub import snapshot_download
 
     patterns = [*(f"{name}/*" for name in COMPONENTS), FILE_NAME]
-    try:
-        return Path(
-            snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*.bin", "*.onnx"])
-        )
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"there is no folder {repo}, and the model hub does not give {repo}: {reason}") from error
+    reasons = []
+    for cached_only in (False, True):
+        try:
+            return Path(
+                snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=cached_only)
+            )
+        except Exception as error:
+            reasons.append((str(error).strip() or type(error).__name__).splitlines()[0])
+    raise CheckpointError(f"there is no folder {repo}, and the model hub does not give {repo}: {reasons[0]}")
