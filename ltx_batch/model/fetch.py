@@ -90,7 +90,13 @@ def _from_hub(repo: str, revision: str | None) -> Path:
     for cached_only in (False, True):
         try:
             return Path(
-                snapshot_download(repo, revision=revision, allow_patterns=patterns, local_files_only=cached_only)
+                snapshot_download(
+                    repo,
+                    revision=revision,
+                    allow_patterns=patterns,
+                    ignore_patterns=["*.bin"],
+                    local_files_only=cached_only,
+                )
             )
         except Exception as error:
             reasons.append((str(error).strip() or type(error).__name__).splitlines()[0])
