@@ -191,18 +191,18 @@ def _compare(job: JobSpec, manifest: Manifest, ledger: Ledger) -> _Comparison:
 
 
 def _precision(job: JobSpec, ledger: Ledger, run: str, recipe: Mapping[str, Any]) -> str | None:
-    """The precision in this job's keys. `auto` is what this run, or else another of the same recipe, resolved it to."""
-    asked = job.model.precision
-    if asked != "auto" or job.model.device != "auto":
-        return resolve_precision(asked, job.model.device)
+    """The precision in this job's keys: for `auto` what this run resolved it to, else what another of the same recipe did."""
+    asked, device = job.model.precision, job.model.device
+    if asked != "auto":
+        return resolve_precision(asked, device)
     runs = ledger.runs()
-    if not runs:
-        return asked  # the output is empty, so no key is looked for
     for name in [run, *reversed(runs)]:
         described = ledger.read_run(name)
         if described is not None and described["recipe"] == recipe:
             return str(described["precision"])
-    return None
+    if device != "auto":
+        return resolve_precision(asked, device)
+    return None if runs else asked  # in an empty output no key is looked for
 
 
 # what it will take
@@ -222,7 +222,7 @@ def _estimate(job: JobSpec, ledger: Ledger, recipe: Mapping[str, Any], new: Coun
     measured = _measure(ledger, recipe)
     unknown = [size for size in new if size not in measured]
     if unknown:
-        height, width, num_frames = unknown[0]
+        height, width, num_frames = max(unknown)
         return Estimate(note=f"no row of {height}x{width}, {num_frames} frames was rendered in this output yet")
     known = [(count / measured[size].rows, measured[size]) for size, count in new.items()]
     gpu_hours = sum(share * one.gpu_s for share, one in known) / 3600

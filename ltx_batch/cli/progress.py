@@ -104,15 +104,21 @@ def line(summary: Summary) -> str:
 
 
 def _panel(title: str, summary: Summary | None) -> Panel:
-    from rich.console import Group
     from rich.panel import Panel
     from rich.progress_bar import ProgressBar
+    from rich.table import Table
     from rich.text import Text
 
+    body = Table.grid(expand=True)
     if summary is None:
-        return Panel(Text("reading the manifest, starting workers"), title=Text(title), title_align="left")
-    parts: list[Any] = [ProgressBar(summary.rows, summary.ok + summary.failed), Text(line(summary))]
-    parts += [Text(f"{count} x {message}", style="red", no_wrap=True) for message, count in summary.top_errors]
-    if summary.draining:
-        parts.append(Text(_DRAINING, style="bold"))
-    return Panel(Group(*parts), title=Text(f"{title}  run {summary.run}"), title_align="left")
+        body.add_row("reading the manifest, starting workers")
+    else:
+        body.add_row(ProgressBar(summary.rows, summary.ok + summary.failed))
+        body.add_row(Text(line(summary)))
+        for message, count in summary.top_errors:
+            body.add_row(Text(f"{count} x {message}", style="red", no_wrap=True, overflow="ellipsis"))
+        if summary.draining:
+            body.add_row(Text(_DRAINING, style="bold"))
+    return Panel(
+        body, title=Text(title), title_align="left", subtitle=None if summary is None else f"run {summary.run}"
+    )
