@@ -5,6 +5,7 @@ Everything here reads and nothing writes, so the next shard is prepared in a thr
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -54,7 +55,7 @@ class Admission:
         self._epoch = 0
         self._fresh = False
         self._earlier: list[tuple[str, dict[str, int]]] = []
-        self._charged: dict[str, int] = {}
+        self._charged: Counter[str] = Counter()
 
     def count_finished(self, shards: Sequence[Shard], tally: Tally, *, retry: bool) -> int:
         """Count the rows of finished shards; returns how many shards this call has to work on."""
@@ -87,7 +88,7 @@ class Admission:
 
     def attempt_of(self, key: str) -> int:
         """The number of a key's next attempt; earlier drivers of this epoch count, and one try is always left."""
-        return min(1 + self._charged.get(key, 0), self._job.attempts.max_attempts)
+        return min(1 + self._charged[key], self._job.attempts.max_attempts)
 
     @property
     def epoch(self) -> int:
@@ -99,9 +100,10 @@ class Admission:
         attempts = self._ledger.attempts(self._run)
         self._fresh = not others and not attempts and self._ledger.read_status(self._run) is None
         self._earlier = [(run, self._ledger.finished_shards(run)) for run in others[-_EARLIER_RUNS:]]
-        for key, numbers in attempts.items():
-            facts = [self._ledger.read_attempt(self._run, key, number) for number in numbers]
-            self._charged[key] = sum(fact["charged"] and fact["epoch"] == self._epoch for fact in facts)
+        places = [(key, number) for key, numbers in attempts.items() for number in numbers]
+        facts = self._threads(lambda place: self._ledger.read_attempt(self._run, *place), places)
+        for (key, _), fact in zip(places, facts, strict=True):
+            self._charged[key] += fact["charged"] and fact["epoch"] == self._epoch
 
     def _prepare(self, todo: _Todo, recipe: Mapping[str, Any], invalid: Mapping[tuple[str, int], str]) -> PreparedShard:
         table = self._manifest.read(todo.shard)

@@ -181,13 +181,11 @@ class _Run:
                     self._handle(event)
                 self._kill_overdue()
                 self._tell(None)
-                if reason := breaker.tripped(self.tally.ok, self.tally.failed):
+                if reason := breaker.tripped(self.tally.ok, self.tally.tried_in_vain):
                     raise RunStopped(reason)
         except RunStopped as reason:
             return str(reason)
-        return (
-            "drained on a signal; the same command again goes on" if self.drain.is_set() and len(self.books) else None
-        )
+        return "drained on a signal; the same command again goes on" if self.tally.left else None
 
     def _done(self) -> bool:
         if self.drain.is_set():
@@ -255,7 +253,9 @@ class _Run:
 
     def _kill_overdue(self) -> None:
         for worker in self.schedule.overdue(time.monotonic()):
-            self._pool().kill(worker, "timeout", "no progress within the row's time (attempts.timeout_s)")
+            message = "no progress within the row's time (attempts.timeout_s)"
+            self._pool().kill(worker, message)
+            self._handle(Died(worker, "timeout", message))  # at once: it must not be handed another unit
 
     # books
 
@@ -295,7 +295,7 @@ class _Run:
 
 def open_pool(job: JobSpec) -> Pool:
     if job.workers == 0:
-        return LocalPool(job.model.precision, job.model.device, job.worker.in_flight)
+        return LocalPool(job.model.precision, job.model.device)
     from ltx_batch.ray_pool import RayPool
 
     return RayPool(job)

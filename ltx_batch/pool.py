@@ -6,7 +6,7 @@ A pool has slots, each with one worker. It starts workers, hands them units and 
 from __future__ import annotations
 
 import queue
-from concurrent.futures import ThreadPoolExecutor
+import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -72,8 +72,8 @@ class Pool(Protocol):
         """What happened, in the order it did; empty after `timeout_s`."""
         ...
 
-    def kill(self, worker: str, cause: Cause, message: str) -> None:
-        """End a worker's process; Died follows."""
+    def kill(self, worker: str, reason: str) -> None:
+        """End a worker's process; nothing more is reported of it."""
         ...
 
     def restart(self, worker: str) -> None:
@@ -89,23 +89,38 @@ class LocalPool:
     nodes = 1
     _NAME = "local"
 
-    def __init__(self, precision: str, device: str, in_flight: int) -> None:
+    def __init__(self, precision: str, device: str) -> None:
         self._precision, self._device = precision, device
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._threads = ThreadPoolExecutor(max_workers=in_flight)
+        self._threads: list[threading.Thread] = []
+        self._hung = False
+        self._fault = ""
         self._worker: Worker | None = None
 
     def resolve_precision(self) -> str:
         return resolve_precision(self._precision, self._device)
 
     def start(self, plan: WorkerPlan) -> None:
-        self._worker = Worker(plan)
-        self._events.put(Started(self._NAME, self._worker.describe()))
+        try:
+            self._worker = Worker(plan)
+        except Exception as error:  # the same process would fail again
+            self._events.put(StartFailed(self._NAME, f"{type(error).__name__}: {error}", permanent=True))
+        else:
+            self._events.put(Started(self._NAME, self._worker.describe()))
 
     def submit(self, worker: str, unit: WorkUnit) -> None:
+        # A thread a unit, as many as the schedule hands out; daemons, so that a hung one cannot keep the process.
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        self._threads.append(threading.Thread(target=self._run, args=(worker, unit), daemon=True))
+        self._threads[-1].start()
+
+    def _run(self, worker: str, unit: WorkUnit) -> None:
         assert self._worker is not None
-        future = self._threads.submit(self._worker.run, unit)
-        future.add_done_callback(lambda done: self._events.put(Finished(worker, unit.id, done.result())))
+        try:
+            self._events.put(Finished(worker, unit.id, self._worker.run(unit)))
+        except BaseException as error:  # a worker answers with records, so this is a fault of the machinery
+            self._fault = f"{type(error).__name__}: {error}"
+            self._events.put(Died(worker, "crash", self._fault))
 
     def wait(self, timeout_s: float) -> list[Event]:
         try:
@@ -116,13 +131,17 @@ class LocalPool:
             events.append(self._events.get())
         return events
 
-    def kill(self, worker: str, cause: Cause, message: str) -> None:
-        raise RunStopped(f"{message}; this run has no process of its own for its worker (workers: 0), so it ends here")
+    def kill(self, worker: str, reason: str) -> None:
+        self._hung = True
+        raise RunStopped(f"{reason}; this run has no process of its own for its worker (workers: 0), so it ends here")
 
     def restart(self, worker: str) -> None:
-        raise RunStopped("a worker in this process cannot be restarted")
+        raise RunStopped(f"the worker of this process (workers: 0) cannot go on: {self._fault}")
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        if self._hung:
+            return
+        for thread in self._threads:
+            thread.join()
         if self._worker is not None:
             self._worker.close()

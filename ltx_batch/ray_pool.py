@@ -6,16 +6,18 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
-from ltx_batch.errors import JobError, UsageError
+from ltx_batch.errors import JobError, RunStopped, UsageError
 from ltx_batch.job import JobSpec
 from ltx_batch.pool import Died, Event, Finished, Started, StartFailed
 from ltx_batch.renderer import resolve_precision
-from ltx_batch.schedule import Cause, WorkUnit
+from ltx_batch.schedule import WorkUnit
 from ltx_batch.worker import Worker, WorkerPlan
 
 _LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # records and requests only: no video goes through the object store
@@ -45,11 +47,11 @@ class RayPool:
         self._job = job
         self._actors: dict[str, Any] = {}
         self._refs: dict[Any, tuple[str, int]] = {}
-        self._pending: list[Event] = []
         self._started_s: dict[str, float] = {}
         self._plan: WorkerPlan | None = None
-        self._own_cluster = connect()
+        self._own_connection = connect()
         self.nodes = _alive_nodes()
+        self._pulse = _Pulse()
         self._resources = _resources(job)
         self.slots = tuple(f"actor-{i}" for i in range(_count(job, self._resources)))
 
@@ -83,28 +85,26 @@ class RayPool:
     def wait(self, timeout_s: float) -> list[Event]:
         import ray
 
-        events, self._pending = self._pending, []
-        if events or not self._refs:
-            if not events:
-                time.sleep(timeout_s)
-            return events
+        if not self._refs:
+            time.sleep(timeout_s)
+            return []
         done, rest = ray.wait(list(self._refs), num_returns=1, timeout=timeout_s)
         if done and rest:
             done += ray.wait(rest, num_returns=len(rest), timeout=0)[0]
-        for ref in done:
-            events += self._collect(ref)
-        return events + self._overdue_starts()
+        if not done:
+            self._pulse.feel_now_and_then()
+        return [event for ref in done for event in self._collect(ref)] + self._overdue_starts()
 
-    def kill(self, worker: str, cause: Cause, message: str) -> None:
+    def kill(self, worker: str, reason: str) -> None:
         self._end(worker)
-        self._pending.append(Died(worker, cause, message))
 
     def close(self) -> None:
         import ray
 
-        for worker in list(self._actors):
-            self._end(worker)
-        if self._own_cluster:
+        with suppress(RunStopped):
+            for worker in list(self._actors):
+                self._end(worker)
+        if self._own_connection:
             ray.shutdown()
 
     def _collect(self, ref: Any) -> list[Event]:
@@ -142,8 +142,12 @@ class RayPool:
         return events
 
     def _end(self, worker: str) -> None:
+        """Kill a slot's actor. Without a cluster the call would wait for its answer until Ray ends this process."""
         import ray
 
+        if self._pulse.lost:
+            return
+        self._pulse.feel()
         self._refs = {ref: place for ref, place in self._refs.items() if place[0] != worker}
         actor = self._actors.pop(worker, None)
         if actor is not None:
@@ -183,6 +187,44 @@ def check_address(environment: Mapping[str, str]) -> None:
         )
 
 
+class _Pulse:
+    """Whether the cluster lives. Ray itself waits for ever for a lost raylet, and a minute for a lost head (GCS), after
+    which it ends the driver's process: with code 1, which would say that rows failed."""
+
+    _OFTEN_S = 1.0
+
+    def __init__(self) -> None:
+        import ray
+
+        host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+        self._head = (host.strip("[]"), int(port))
+        # A head of our own never comes back; another's may be restarted by its keepers.
+        self._patience_s = 40.0 if "RAY_ADDRESS" in os.environ else 3.0
+        self._last_s = 0.0
+        self.lost = False
+
+    def feel(self) -> None:
+        """Returns when there is a sign of life; raises RunStopped when there is none for too long."""
+        started_s = time.monotonic()
+        while not self._beats():
+            if time.monotonic() - started_s > self._patience_s:
+                self.lost = True
+                raise RunStopped("the Ray cluster is gone; the same command again goes on with what is left")
+            time.sleep(self._OFTEN_S)
+
+    def feel_now_and_then(self) -> None:
+        if time.monotonic() - self._last_s > self._OFTEN_S:
+            self._last_s = time.monotonic()
+            self.feel()
+
+    def _beats(self) -> bool:
+        try:
+            with socket.create_connection(self._head, timeout=2):
+                return _alive_nodes() > 0
+        except OSError:
+            return False
+
+
 def _alive_nodes() -> int:
     import ray
 
@@ -196,7 +238,13 @@ def _resources(job: JobSpec) -> dict[str, float]:
     if gpus is None:
         use_gpu = job.model.device != "cpu" and job.model.renderer != "fake"
         gpus = 1 if use_gpu and ray.cluster_resources().get("GPU", 0) >= 1 else 0
-    return {"num_cpus": job.worker.num_cpus, "num_gpus": gpus}
+    wanted = {"num_cpus": job.worker.num_cpus, "num_gpus": gpus}
+    if "RAY_ADDRESS" not in os.environ:  # a cluster may grow, this machine does not: nobody would ever be placed
+        here = {"num_cpus": ray.cluster_resources().get("CPU", 0), "num_gpus": ray.cluster_resources().get("GPU", 0)}
+        for name, count in wanted.items():
+            if count > here[name]:
+                raise JobError(f"worker.{name} is {count:g}, and this machine has {here[name]:g}; ask for less")
+    return wanted
 
 
 def _count(job: JobSpec, resources: Mapping[str, float]) -> int:

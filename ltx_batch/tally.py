@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ltx_batch.errors import InvalidRow
 from ltx_batch.record import RenderRecord
 
 _TOP_ERRORS = 5
@@ -50,11 +51,14 @@ class Summary:
 
 @dataclass(slots=True)
 class Tally:
+    """`tried_in_vain` are failed rows of this call, without those that its user chose to skip: a reason to stop."""
+
     run: str
     rows: int
     gpu_hour_price: float | None = None
     ok: int = 0
     failed: int = 0
+    tried_in_vain: int = 0
     rendered: int = 0
     shards: int = 0
     shards_done: int = 0
@@ -63,6 +67,11 @@ class Tally:
     started_s: float = field(default_factory=time.monotonic)
     ready_s: float | None = None
     first_s: float | None = None
+
+    @property
+    def left(self) -> int:
+        """Rows without an end."""
+        return self.rows - self.ok - self.failed
 
     def count_finished(self, ok: int, failed: int) -> None:
         """Rows that an earlier call settled."""
@@ -75,6 +84,7 @@ class Tally:
             self.ok += 1
         else:
             self.failed += 1
+            self.tried_in_vain += record.error_class != InvalidRow.__name__
             first_line = (record.error or "").partition("\n")[0]
             self.errors[f"{record.error_class}: {first_line}"[:_MESSAGE_CHARS]] += 1
         if record.ok and not record.reused:
@@ -90,7 +100,6 @@ class Tally:
         seconds = time.monotonic() - self.started_s
         active = seconds if self.first_s is None else time.monotonic() - self.first_s
         rate = (self.rendered - 1) / active if self.rendered > 1 and active > 0 else 0.0
-        left = self.rows - self.ok - self.failed
         price = self.gpu_hour_price
         return Summary(
             run=self.run,
@@ -104,7 +113,7 @@ class Tally:
             cost=None if price is None else round(self.gpu_seconds / 3600 * price, 4),
             ready_s=self.ready_s,
             rows_per_s=round(rate, 3),
-            eta_s=round(left / rate, 1) if rate and left else None,
+            eta_s=round(self.left / rate, 1) if rate and self.left else None,
             workers=workers,
             shards=self.shards,
             shards_done=self.shards_done,

@@ -56,7 +56,6 @@ class Worker:
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self._plan = plan
         self._ledger = Ledger(open_output(plan.job))
-        self._scratch = tempfile.TemporaryDirectory(prefix="ltx_batch-")
         self._rendering = threading.Lock()
         started_s = time.perf_counter()
         self._renderer = open_renderer(plan)
@@ -92,7 +91,6 @@ class Worker:
 
     def close(self) -> None:
         self._renderer.close()
-        self._scratch.cleanup()
 
     def _fetch(self, request: RenderRequest) -> RenderRequest:
         """The request with its conditioning media read into memory and checked against their hashes."""
@@ -101,7 +99,7 @@ class Worker:
     def _load(self, condition: Condition) -> Condition:
         if not isinstance(condition.media, str | Path):
             return condition
-        with tempfile.TemporaryDirectory(dir=self._scratch.name) as folder:
+        with _scratch() as folder:
             target = Path(folder, Path(str(condition.media)).name)
             try:
                 fetch_uri(str(condition.media), target, options=self._plan.job.storage.options)
@@ -133,7 +131,7 @@ class Worker:
         ]
 
     def _commit(self, task: Task, clip: Clip, timings: dict[str, float]) -> RenderRecord:
-        with tempfile.TemporaryDirectory(dir=self._scratch.name) as folder:
+        with _scratch() as folder:
             video = Path(folder, f"{task.key}.mp4")
             started_s = time.perf_counter()
             self._encode(task, clip, video)
@@ -196,6 +194,11 @@ class Worker:
             versions=self._versions,
             finished_at=_now(),
         )
+
+
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    """A folder for one file's while: a worker is ended by a kill, and must not leave one behind for its whole life."""
+    return tempfile.TemporaryDirectory(prefix="ltx_batch-")
 
 
 def open_output(job: JobSpec) -> Storage:
