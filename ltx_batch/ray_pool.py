@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -117,11 +118,10 @@ class RayPool:
             result = ray.get(ref)
         except ray.exceptions.RayTaskError as error:
             self._end(worker)
-            cause = error.as_instanceof_cause()
-            message = f"{type(cause).__name__}: {error.cause}" if unit == _READY else str(error)
             if unit == _READY:
-                return [StartFailed(worker, message, isinstance(cause, UsageError))]
-            return [Died(worker, "crash", message)]
+                message = f"{type(error.cause).__name__}: {error.cause}"
+                return [StartFailed(worker, message, isinstance(error.cause, UsageError))]
+            return [Died(worker, "crash", str(error))]
         except ray.exceptions.RayError as error:
             self._end(worker)
             return [_death(worker, error, starting=unit in (_PLACED, _READY))]
@@ -261,8 +261,11 @@ def _death(worker: str, error: Exception, *, starting: bool) -> Event:
     """A lost node or a preemption is nobody's fault; any other death is a crash."""
     import ray
 
-    message = str(error).strip()
-    node_lost = isinstance(error, ray.exceptions.NodeDiedError) or "node has died" in message.lower()
+    told = str(error).strip()
+    node_lost = isinstance(error, ray.exceptions.NodeDiedError) or "node has died" in told.lower()
     if getattr(error, "preempted", False) or node_lost:
-        return Died(worker, "preempted", message)
+        return Died(worker, "preempted", told)
+    detail = re.search(r"Worker exit detail: (.+?)(?: Some common causes|$)", told, re.DOTALL)
+    reason = detail[1] if detail else told
+    message = f"the process ended: out of memory, a crash such as a segfault, or an exit (Ray says: {reason})"
     return StartFailed(worker, message, False) if starting else Died(worker, "crash", message)
