@@ -113,7 +113,9 @@ class Ledger:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        return pq.read_table(pa.BufferReader(self.storage.read(_shard_name(run, shard, epoch))), columns=columns)
+        file = pq.ParquetFile(pa.BufferReader(self.storage.read(_shard_name(run, shard, epoch))))
+        # Not read_table: it starts Arrow's threads, which now and then abort the process when it ends soon after.
+        return file.read(columns=columns, use_threads=False)
 
     def add_attempt(self, run: str, key: str, attempt: Mapping[str, Any]) -> int:
         """Note a failed attempt under the next free number, which it returns.

@@ -63,10 +63,6 @@ def ledger_of(job: JobSpec) -> Ledger:
     return Ledger(open_output(job))
 
 
-def records_there(job: JobSpec) -> int:
-    return sum(name.endswith(".json") for name in open_output(job).list("videos"))
-
-
 # drivers in processes of their own
 
 
@@ -132,6 +128,13 @@ class Driver:
     def named(self, *parts: str) -> list[psutil.Process]:
         """Its processes whose title holds one of these, e.g. raylet, gcs_server, ray::RenderActor."""
         return [process for process in self.family() if any(part in _title(process) for part in parts)]
+
+    def commits(self, job: JobSpec, count: int) -> None:
+        """Wait until so many records are there."""
+        until(
+            lambda: not self.alive or sum(name.endswith(".json") for name in open_output(job).list("videos")) >= count
+        )
+        assert self.alive, self.result()
 
     def kill(self) -> None:
         """SIGKILL to the driver alone."""
@@ -218,9 +221,9 @@ class Output:
     def attempt_ids(self) -> dict[str, str | None]:
         return {key: record.attempt_id for key, record in self.records.items()}
 
-    def line(self, start: str) -> dict[str, Any]:
-        """The one line whose prompt starts so."""
-        (found,) = [line for line in self.lines if line["prompt"].startswith(start)]
+    def line(self, word: str) -> dict[str, Any]:
+        """The one line whose prompt has this first word."""
+        (found,) = [line for line in self.lines if line["prompt"].split(" ")[0] == word]
         return found
 
 
