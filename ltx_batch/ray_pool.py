@@ -22,6 +22,7 @@ from ltx_batch.schedule import WorkUnit
 from ltx_batch.worker import Worker, WorkerPlan
 
 _LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # records and requests only: no video goes through the object store
+_FATE_S = 60.0  # how long to ask why an actor is out of reach
 _PLACED, _READY = -2, -1  # in place of a unit's id: the actor has a process; its model is loaded
 
 
@@ -122,14 +123,33 @@ class RayPool:
                 message = f"{type(error.cause).__name__}: {error.cause}"
                 return [StartFailed(worker, message, isinstance(error.cause, UsageError))]
             return [Died(worker, "crash", str(error))]
-        except ray.exceptions.RayError as error:
+        except ray.exceptions.RayError as told:
+            self._pulse.feel()
+            fate = self._fate(worker, told)
             self._end(worker)
-            return [_death(worker, error, starting=unit in (_PLACED, _READY))]
+            return [_death(worker, fate, starting=unit in (_PLACED, _READY))]
         if unit == _PLACED:
             self._started_s[worker] = time.monotonic()
             self._refs[self._actors[worker].load.remote()] = (worker, _READY)
             return []
         return [Started(worker, result) if unit == _READY else Finished(worker, unit, result)]
+
+    def _fate(self, worker: str, error: Exception) -> Exception:
+        """Why an actor is out of reach. A broken connection is told at once, a lost node only when Ray has missed it
+        for some 15 s: and it makes the difference between a preempted row and one that ends its process."""
+        import ray
+
+        deadline_s = time.monotonic() + _FATE_S
+        while isinstance(error, ray.exceptions.ActorUnavailableError) and time.monotonic() < deadline_s:
+            try:
+                ray.get(self._actors[worker].__ray_ready__.remote(), timeout=5)
+                return error  # it lives: the network failed, and what it held is lost all the same
+            except ray.exceptions.GetTimeoutError:
+                continue
+            except ray.exceptions.RayError as later:
+                error = later
+                time.sleep(0.5)
+        return error
 
     def _overdue_starts(self) -> list[Event]:
         """Actors whose model does not get loaded. One that still waits for a place in the cluster is well."""
@@ -258,12 +278,12 @@ def _count(job: JobSpec, resources: Mapping[str, float]) -> int:
 
 
 def _death(worker: str, error: Exception, *, starting: bool) -> Event:
-    """A lost node or a preemption is nobody's fault; any other death is a crash."""
+    """A lost node, a lost connection or a preemption is nobody's fault; any other death is a crash."""
     import ray
 
     told = str(error).strip()
-    node_lost = isinstance(error, ray.exceptions.NodeDiedError) or "node has died" in told.lower()
-    if getattr(error, "preempted", False) or node_lost:
+    lost = isinstance(error, ray.exceptions.NodeDiedError | ray.exceptions.ActorUnavailableError)
+    if lost or getattr(error, "preempted", False) or "node has died" in told.lower():
         return Died(worker, "preempted", told)
     detail = re.search(r"Worker exit detail: (.+?)(?: Some common causes|$)", told, re.DOTALL)
     reason = detail[1] if detail else told

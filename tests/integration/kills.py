@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+import random
+import time
+from typing import Literal
+
 from job_runs import Driver, Fault, Output, check_output, read_records, run_apart, until
 
 from ltx_batch.job import JobSpec
 
-CLUSTER = ("gcs_server", "raylet", "ray::")
+Victim = Literal["driver", "actor", "cluster"]
+ANY_MOMENT_S = 0.3  # a kill falls anywhere within this of the record that it waited for
 
 
-def kill_and_finish(job: JobSpec, victim: str, *, after_records: int) -> None:
-    """SIGKILL the driver alone, one actor's process, or every process of the Ray that the driver started."""
+def kill_and_finish(job: JobSpec, *kills: tuple[Victim, int]) -> None:
+    """One run with each victim killed in turn once so many records are there, and then the same command again.
+
+    `driver`: it alone, by SIGKILL. `actor`: the process of one. `cluster`: every process of the Ray that it started.
+    """
     with Driver(job) as driver:
-        driver.commits(job, after_records)
-        match victim:
-            case "driver":
-                driver.kill()
-            case "actor":
-                driver.named("ray::RenderActor")[0].kill()
-                code, told = driver.result()
-                assert (code, told["failed"]) == (0, 0)
-            case "cluster":
-                for process in driver.named(*CLUSTER):
-                    process.kill()
-                code, told = driver.result()
-                assert code == 3 and "cluster is gone" in told["stopped"]
-        until(lambda: not driver.named(*CLUSTER[:2], "ray::RenderActor"), timeout_s=20)
+        for victim, records in kills:
+            driver.commits(job, records)
+            time.sleep(random.uniform(0, ANY_MOMENT_S))
+            _kill(driver, victim)
+        if kills[-1][0] == "actor":
+            code, told = driver.result()
+            assert (code, told["failed"]) == (0, 0), told
+        until(lambda: not driver.named("gcs_server", "raylet", "ray::RenderActor"), timeout_s=20)
         finish(job)
+
+
+def _kill(driver: Driver, victim: Victim) -> None:
+    match victim:
+        case "driver":
+            driver.kill()
+        case "actor":
+            until(lambda: driver.named("ray::RenderActor"))[0].kill()
+        case "cluster":
+            for process in driver.named("gcs_server", "raylet", "ray::"):
+                process.kill()
+            code, told = driver.result()
+            assert code == 3 and "cluster is gone" in told["stopped"], told
 
 
 def fault_and_finish(job: JobSpec, fault: Fault) -> Output:

@@ -19,7 +19,7 @@ from job_runs import (
     until,
     write_manifest,
 )
-from kills import fault_and_finish, finish, kill_and_finish
+from kills import Victim, fault_and_finish, finish, kill_and_finish
 from PIL import Image
 from servers import S3Server
 
@@ -67,16 +67,19 @@ def test_a_record_that_a_disk_tore_does_not_count(tmp_path: Path) -> None:
 # kills
 
 
-@pytest.mark.parametrize("victim", ["driver", "actor", "cluster"])
-def test_a_killed_run_is_finished_by_the_same_command(tmp_path: Path, victim: str) -> None:
-    job = make_job(write_manifest(tmp_path, slow_rows(16)), tmp_path / "out", workers=2)
-    kill_and_finish(job, victim, after_records=3)
+KILLS: list[list[tuple[Victim, int]]] = [[("actor", 2), ("driver", 6)], [("cluster", 3)]]
 
 
-@pytest.mark.parametrize("victim", ["driver", "actor", "cluster"])
-def test_so_is_one_on_an_object_store(tmp_path: Path, s3_server: S3Server, victim: str) -> None:
-    job = make_job(write_manifest(tmp_path, slow_rows(16)), s3_server.uri(), workers=2)
-    kill_and_finish(job, victim, after_records=3)
+@pytest.mark.parametrize("kills", KILLS, ids=["actor-then-driver", "cluster"])
+def test_a_killed_run_is_finished_by_the_same_command(tmp_path: Path, kills: list[tuple[Victim, int]]) -> None:
+    job = make_job(write_manifest(tmp_path, slow_rows(16, 0.2)), tmp_path / "out", workers=2)
+    kill_and_finish(job, *kills)
+
+
+@pytest.mark.parametrize("kills", KILLS, ids=["actor-then-driver", "cluster"])
+def test_so_is_one_on_an_object_store(tmp_path: Path, s3_server: S3Server, kills: list[tuple[Victim, int]]) -> None:
+    job = make_job(write_manifest(tmp_path, slow_rows(16, 0.2)), s3_server.uri(), workers=2)
+    kill_and_finish(job, *kills)
 
 
 @pytest.mark.parametrize(
@@ -124,12 +127,12 @@ def test_a_worker_that_commits_and_dies_before_it_answers_is_not_charged(tmp_pat
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_drains_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
-    job = make_job(write_manifest(tmp_path, slow_rows(30, 0.1)), tmp_path / "out")
+    job = make_job(write_manifest(tmp_path, slow_rows(20, 0.1)), tmp_path / "out")
     with Driver(job) as driver:
         driver.commits(job, 4)
         driver.signal(number, group=True)
         code, told = driver.result()
-    assert code == 3 and told["stopped"].startswith("drained") and 4 <= told["rendered"] < 30
+    assert code == 3 and told["stopped"].startswith("drained") and 4 <= told["rendered"] < 20
     assert told["rendered"] == len(read_records(job)), "what was in flight was committed and counted"
     finish(job)
 

@@ -106,7 +106,7 @@ def test_a_later_driver_takes_the_precision_that_the_first_one_froze(tmp_path: P
 
 def test_a_window_of_the_manifest_is_held_not_all_of_it(tmp_path: Path) -> None:
     """Priorities rise with the row, so that what is rendered first tells how far the driver has read."""
-    rows = 2600
+    rows = 2400
     manifest = write_manifest(tmp_path, ["p"] * rows, priority=list(range(rows)))
     job = make_job(manifest, tmp_path / "out", shard_rows=100, video={"codec": "fake"})
 
