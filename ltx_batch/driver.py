@@ -103,9 +103,8 @@ class _Run:
         invalid = self._check()
         self.storage.probe()
         try:
-            self._freeze(invalid)
             with _signals(self.drain):
-                return self._tell(self._loop(), final=True)
+                return self._tell(self._loop(invalid), final=True)
         finally:
             if self.pool is not None:
                 self.pool.close()
@@ -170,10 +169,11 @@ class _Run:
 
     # rows
 
-    def _loop(self) -> str | None:
+    def _loop(self, invalid: dict[tuple[str, int], str]) -> str | None:
         """Until every row is settled; returns the reason where it ended before that."""
         breaker = Breaker(self.job.stop_after_failures, self.job.max_failed_fraction)
         try:
+            self._freeze(invalid)
             while not self._done():
                 self._feed()
                 self._hand_out()

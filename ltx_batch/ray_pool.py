@@ -23,6 +23,7 @@ from ltx_batch.worker import Worker, WorkerPlan
 
 _LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # records and requests only: no video goes through the object store
 _FATE_S = 60.0  # how long to ask why an actor is out of reach
+_DEVICE_LOST = "CUDA error"  # how torch begins the message of a fault that its process does not survive
 _PLACED, _READY = -2, -1  # in place of a unit's id: the actor has a process; its model is loaded
 
 
@@ -39,7 +40,11 @@ class RenderActor:
 
     def run(self, unit: WorkUnit) -> list[Any]:
         assert self._worker is not None
-        return self._worker.run(unit)
+        records = self._worker.run(unit)
+        if any(record.error and _DEVICE_LOST in record.error for record in records):
+            # After a fault on the GPU every later call of its process fails too: end it, and let the death be judged.
+            os._exit(70)
+        return records
 
 
 class RayPool:
@@ -180,7 +185,20 @@ def connect() -> bool:
 
     if ray.is_initialized():
         return False
-    on_sigterm = signal.getsignal(signal.SIGTERM)  # ray.init puts its own handler there
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        _init()
+    except SystemExit:  # ray.init puts its own handler there, which leaves with code 15
+        raise RunStopped("ended by a signal while Ray started; the same command again goes on") from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
+    return True
+
+
+def _init() -> None:
+    import ray
+
     if address := os.environ.get("RAY_ADDRESS"):
         check_address(os.environ)
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
@@ -192,9 +210,6 @@ def connect() -> bool:
             logging_level=logging.ERROR,
             object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
         )
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)
-    return True
 
 
 def check_address(environment: Mapping[str, str]) -> None:
