@@ -83,7 +83,8 @@ def _environment(fault: Fault | None, ray_address: str | None) -> dict[str, str]
     if ray_address is not None:
         environment["RAY_ADDRESS"] = ray_address
     if fault is not None:
-        environment["PYTHONPATH"] = str(Path(__file__).with_name("faults"))
+        places = [str(Path(__file__).with_name("faults")), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(place for place in places if place)
         environment["LTX_BATCH_FAULT"] = json.dumps(asdict(fault), default=str)
     return environment
 

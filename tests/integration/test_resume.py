@@ -167,6 +167,17 @@ def test_a_signal_drains_actors_and_leaves_no_process_and_no_scratch(
     assert not list(scratch.glob("ltx_batch-*"))
 
 
+def test_a_signal_while_ray_starts_leaves_nothing_behind(tmp_path: Path) -> None:
+    job = make_job(write_manifest(tmp_path, ["a", "b"]), tmp_path / "out", workers=1)
+    with Driver(job) as driver:
+        until(lambda: driver.named("gcs_server"))
+        driver.signal(signal.SIGTERM)
+        code, told = driver.result()
+        assert code == 3 and "the same command again goes on" in told["stopped"]
+        until(lambda: not driver.family(), timeout_s=20)
+    finish(job)
+
+
 def test_a_row_that_hangs_in_this_process_ends_the_run_and_the_process(tmp_path: Path) -> None:
     job = make_job(write_manifest(tmp_path, ["a", "b [hang]", "c"]), tmp_path / "out", attempts={"timeout_s": 1})
     code, told = run_apart(job)
