@@ -56,6 +56,7 @@ class Admission:
         self._fresh = False
         self._earlier: list[tuple[str, dict[str, int]]] = []
         self._charged: Counter[str] = Counter()
+        self._media_sha256: dict[str, str] = {}  # by URI: a picture that many rows use is looked at once a call
 
     def count_finished(self, shards: Sequence[Shard], tally: Tally, *, retry: bool) -> int:
         """Count the rows of finished shards; returns how many shards this call has to work on."""

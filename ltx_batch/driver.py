@@ -22,8 +22,9 @@ from ltx_batch.job import JobSpec
 from ltx_batch.ledger import Ledger
 from ltx_batch.manifest import Manifest, validate
 from ltx_batch.pool import Died, Event, Finished, LocalPool, Pool, Started, StartFailed
-from ltx_batch.recipe import make_recipe, run_id, tokenizer_file
+from ltx_batch.recipe import make_recipe, run_id
 from ltx_batch.record import RenderRecord
+from ltx_batch.renderer import tokenizer_file
 from ltx_batch.schedule import Breaker, Schedule, Task, Verdict
 from ltx_batch.storage import Storage, is_relative
 from ltx_batch.tally import Summary, Tally
@@ -130,7 +131,7 @@ class _Run:
 
     def _check(self) -> dict[tuple[str, int], str]:
         """Look at every row; returns broken rules by file and row (only with skip_invalid), else raises."""
-        found = validate(self.manifest, self.job, tokenizer=tokenizer_file(self.job))
+        found = validate(self.manifest, self.job, tokenizer=tokenizer_file(self.job.model))
         whole = [issue for issue in found.errors if issue.row is None]
         if whole or (found.errors and not self.options.skip_invalid):
             raise ManifestError(found.errors)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from ltx_batch.job import JobSpec
 from ltx_batch.record import SCHEMA_VERSION
-from ltx_batch.renderer import checkpoint_fingerprint, resolve_checkpoint
+from ltx_batch.renderer import checkpoint_fingerprint
 from ltx_batch.request import canonical
 from ltx_batch.storage import read_uri
 
@@ -36,14 +35,6 @@ def make_recipe(job: JobSpec) -> dict[str, Any]:
     if model.skip_modules:
         recipe["skip_modules"] = sorted(model.skip_modules)
     return recipe
-
-
-def tokenizer_file(job: JobSpec) -> Path | None:
-    """The checkpoint's tokenizer where it lies on this machine, for counting a prompt's tokens without torch."""
-    if job.model.renderer == "fake" or not job.model.checkpoint:
-        return None
-    path = Path(resolve_checkpoint(job.model.checkpoint), "tokenizer", "tokenizer.json")
-    return path if path.is_file() else None
 
 
 def run_id(manifest: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any], job: JobSpec) -> str:

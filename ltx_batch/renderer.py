@@ -151,12 +151,11 @@ def checkpoint_fingerprint(checkpoint: str, *, options: Mapping[str, Any] | None
     return {"files": {name: sha256_uri(ref, options) for name, ref in sorted(files.items())}}
 
 
-def tokenizer_file(checkpoint: str | None) -> Path | None:
+def tokenizer_file(model: ModelSpec) -> Path | None:
     """The checkpoint's tokenizer.json where it lies on this machine, for counting tokens without the model; else None."""
-    if not checkpoint:
+    if not model.checkpoint or model.renderer == "fake":
         return None
-    folder = Path(resolve_checkpoint(checkpoint))
-    found = folder / "tokenizer" / "tokenizer.json"
+    found = Path(resolve_checkpoint(model.checkpoint), "tokenizer", "tokenizer.json")
     return found if found.is_file() else None
 
 
