@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ltx_batch.clip import Clip
 from ltx_batch.errors import CheckpointError, JobError, MediaError
+from ltx_batch.job import ModelSpec
 from ltx_batch.model.fetch import SCHEDULER_FILE, checkpoint_files, local_folder
 from ltx_batch.model.pipeline_config import FILE_NAME, PipelineConfig, load_pipeline_config
 from ltx_batch.model.plan import Plan, plan_request
