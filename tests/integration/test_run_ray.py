@@ -115,6 +115,7 @@ def test_actors_are_gone_after_the_run_and_ray_stays(tmp_path: Path) -> None:
     assert ray.is_initialized(), "a Ray that was there before is left as it was"
 
 
+@pytest.mark.slow
 def test_a_local_output_is_refused_on_several_nodes(tmp_path: Path) -> None:
     from ray.cluster_utils import Cluster
 
