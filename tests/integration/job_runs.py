@@ -77,8 +77,9 @@ class Fault:
     nth: int = 1
 
 
-def _environment(fault: Fault | None, ray_address: str | None) -> dict[str, str]:
+def _environment(scratch: Path, fault: Fault | None, ray_address: str | None) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment |= {"TMPDIR": str(scratch), "RAY_TMPDIR": "/tmp"}  # Ray's sockets need a short path
     environment["RAY_gcs_rpc_server_reconnect_timeout_s"] = "10"  # Ray's agents outlive a killed cluster by that much
     if ray_address is not None:
         environment["RAY_ADDRESS"] = ray_address
@@ -96,13 +97,15 @@ class Driver:
         self, job: JobSpec, *, fault: Fault | None = None, ray_address: str | None = None, **options: bool
     ) -> None:
         self._seen: dict[int, psutil.Process] = {}
+        self.scratch = Path(job.manifest).parent / "scratch"
+        self.scratch.mkdir(exist_ok=True)
         self.process = subprocess.Popen(
             [sys.executable, __file__, job.model_dump_json(), json.dumps(options)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             process_group=0,
-            env=_environment(fault, ray_address),
+            env=_environment(self.scratch, fault, ray_address),
         )
 
     def __enter__(self) -> Driver:
