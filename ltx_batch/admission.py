@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,17 +75,28 @@ class Admission:
                 tally.count_finished(ok, failed)
         return len(self._todo)
 
-    def prepare(self, recipe: Mapping[str, Any], invalid: Mapping[tuple[str, int], str]) -> Iterator[PreparedShard]:
-        """Open shards in the manifest's order, one ahead of the caller."""
+    def prepare(
+        self, recipe: Mapping[str, Any], invalid: Mapping[tuple[str, int], str]
+    ) -> Iterator[Future[PreparedShard]]:
+        """Open shards in the manifest's order, each begun in a thread while the caller has the one before it."""
         self._look_around()
         with ThreadPoolExecutor(max_workers=1) as ahead:
             pending = None
             for todo in self._todo:
                 pending, ready = ahead.submit(self._prepare, todo, recipe, invalid), pending
                 if ready is not None:
-                    yield ready.result()
+                    yield ready
             if pending is not None:
-                yield pending.result()
+                yield pending
+
+    def count_ok(self, shard: str, epoch: int) -> int:
+        """Ok lines of a finished shard, as it stands."""
+        return self._count_lines((shard, epoch))[0]
+
+    def look_up(self, keys: Sequence[str]) -> dict[str, RenderRecord]:
+        """The records that stand in the ledger, as reused ones."""
+        found = zip(keys, self._threads(self._ledger.find, keys), strict=True)
+        return {key: replace(record, reused=True) for key, record in found if record is not None}
 
     def attempt_of(self, key: str) -> int:
         """The number of a key's next attempt; earlier drivers of this epoch count, and one try is always left."""
@@ -144,7 +155,7 @@ class Admission:
         if row.request is None or not row.request.conditions:
             return row.request
         try:
-            return hash_media(row.request, options=self._job.storage.options)
+            return hash_media(row.request, options=self._job.storage.options, cache=self._media_sha256)
         except MediaError as error:
             return error
 
@@ -161,11 +172,7 @@ class Admission:
                     for line in lines
                     if line["ltx_status"] == "ok" and line["ltx_key"] in keys
                 }
-        missing = sorted(keys - known.keys())
-        for key, record in zip(missing, self._threads(self._ledger.find, missing), strict=True):
-            if record is not None:
-                known[key] = replace(record, reused=True)
-        return known
+        return known | self.look_up(sorted(keys - known.keys()))
 
     def _count_lines(self, finished: tuple[str, int]) -> tuple[int, int]:
         name, epoch = finished

@@ -99,6 +99,18 @@ class OpenShard:
         self.lines[index] = line(self.rows[index].row, record)
         self.left -= 1
 
+    def failed_count(self) -> int:
+        return sum(line is not None and line["ltx_status"] == "failed" for line in self.lines)
+
+    def failed_keys(self) -> dict[int, str]:
+        """Index and key of rows that failed, where they have a key."""
+        lines = enumerate(self.lines)
+        return {i: line["ltx_key"] for i, line in lines if line and line["ltx_status"] == "failed" and line["ltx_key"]}
+
+    def amend(self, index: int, record: RenderRecord) -> None:
+        """Give a settled row the record that turned out to stand."""
+        self.lines[index] = line(self.rows[index].row, record)
+
     def finished_table(self) -> pa.Table:
         """The manifest's columns, then ours."""
         ours = pa.Table.from_pylist(self.lines, schema=_COLUMNS)

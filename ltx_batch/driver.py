@@ -8,29 +8,33 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent import futures
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from ltx_batch.admission import Admission, PreparedShard
 from ltx_batch.books import Books, OpenShard
-from ltx_batch.errors import JobError, ManifestError, RunStopped
+from ltx_batch.errors import InvalidRow, JobError, ManifestError, RunStopped
 from ltx_batch.job import JobSpec
 from ltx_batch.ledger import Ledger
 from ltx_batch.manifest import Manifest, validate
 from ltx_batch.pool import Died, Event, Finished, LocalPool, Pool, Started, StartFailed
 from ltx_batch.recipe import make_recipe, run_id
 from ltx_batch.record import RenderRecord
-from ltx_batch.renderer import tokenizer_file
+from ltx_batch.renderer import check_built, tokenizer_file
 from ltx_batch.schedule import Breaker, Schedule, Task, Verdict
 from ltx_batch.storage import Storage, is_relative
 from ltx_batch.tally import Summary, Tally
 from ltx_batch.worker import WorkerPlan, open_output
 
 WINDOW_ROWS = 2000  # tasks that wait in memory: enough to group by shape, little enough to stay small
+OPEN_ROWS = 16_384  # rows of shards that are not finished: a rare shape must not keep every shard open behind it
 _POLL_S = 0.5
 _HEARTBEAT_S = 10.0
 
@@ -83,6 +87,8 @@ class _Run:
     pool: Pool | None = None
     started: bool = False
     exhausted: bool = False
+    upcoming: Future[PreparedShard] | None = None
+    open_rows: int = 0
     last_told_s: float = 0.0
     last_beat_s: float = 0.0
     # set by _open
@@ -94,7 +100,7 @@ class _Run:
     tally: Tally = field(init=False)
     schedule: Schedule = field(init=False)
     admission: Admission = field(init=False)
-    source: Iterator[PreparedShard] = field(init=False)
+    source: Iterator[Future[PreparedShard]] = field(init=False)
 
     def go(self) -> Summary:
         check_paths(self.job)
@@ -130,7 +136,8 @@ class _Run:
         return not reopened
 
     def _check(self) -> dict[tuple[str, int], str]:
-        """Look at every row; returns broken rules by file and row (only with skip_invalid), else raises."""
+        """Look at the job's values and at every row; returns broken rules by file and row (only with skip_invalid), else raises."""
+        check_built(self.job.model.precision, self.job.model.placement, self.job.condition_preprocess)
         found = validate(self.manifest, self.job, tokenizer=tokenizer_file(self.job.model))
         whole = [issue for issue in found.errors if issue.row is None]
         if whole or (found.errors and not self.options.skip_invalid):
@@ -181,8 +188,9 @@ class _Run:
                 for event in self._wait():
                     self._handle(event)
                 self._kill_overdue()
-                self._tell(None)
-                if reason := breaker.tripped(self.tally.ok, self.tally.tried_in_vain):
+                if time.monotonic() - self.last_told_s >= _POLL_S:
+                    self._tell(None)
+                if reason := breaker.tripped(self.tally.rendered, self.tally.tried_in_vain):
                     raise RunStopped(reason)
         except RunStopped as reason:
             return str(reason)
@@ -195,17 +203,28 @@ class _Run:
         return self.exhausted and self.schedule.waiting == 0 and self.schedule.busy == 0
 
     def _feed(self) -> None:
-        while not self.drain.is_set() and not self.exhausted and self.schedule.waiting < WINDOW_ROWS:
-            prepared = next(self.source, None)
-            if prepared is None:
+        """Admit shards that are prepared, up to the window; never wait for one while there is anything else to do."""
+        while not (self.drain.is_set() or self.exhausted or self._window_is_full()):
+            if self.upcoming is None:
+                self.upcoming = next(self.source, None)
+            if self.upcoming is None:
                 self.exhausted = True
+            elif self.schedule.waiting + self.schedule.busy and not self.upcoming.done():
+                return
             else:
+                if not futures.wait([self.upcoming], timeout=_POLL_S).done:
+                    return
+                prepared, self.upcoming = self.upcoming.result(), None
                 self._admit(prepared)
+
+    def _window_is_full(self) -> bool:
+        return self.schedule.waiting >= WINDOW_ROWS or self.open_rows >= OPEN_ROWS
 
     def _admit(self, prepared: PreparedShard) -> None:
         """Settle what is known of a shard and queue the rest; a key that somebody waits for is not queued again."""
         self.tally.ok -= prepared.reopened
         self.tally.shards_done += prepared.shard.closed
+        self.open_rows += 0 if prepared.shard.closed else len(prepared.shard.rows)
         tasks = []
         for index, record in prepared.settled:
             self._settle_row(prepared.shard, index, record)
@@ -237,6 +256,7 @@ class _Run:
                 self.tally.worker_ready()
             case Finished(worker, unit, records):
                 self._book(self.schedule.finished(worker, unit, records, time.monotonic()))
+                self._quarantine(worker)
             case Died(worker, cause, message):
                 self._book(self.schedule.died(worker, cause, message))
                 self._restart(worker, message)
@@ -251,6 +271,15 @@ class _Run:
             self._pool().restart(worker)
         elif self.schedule.stranded:
             raise RunStopped(f"every worker died too often (attempts.max_worker_deaths); the last: {message}")
+
+    def _quarantine(self, worker: str) -> None:
+        """A worker on which row after row raises, while others are well, gets a new process."""
+        if self.schedule.sick(worker):
+            message = "row after row raised on this worker alone"
+            self._pool().kill(worker, message)
+            self._book(self.schedule.died(worker, "preempted", message))  # what it held is not to blame
+            self.schedule.failed_start(worker)
+            self._restart(worker, message)
 
     def _kill_overdue(self) -> None:
         for worker in self.schedule.overdue(time.monotonic()):
@@ -272,26 +301,45 @@ class _Run:
 
     def _settle_row(self, shard: OpenShard, index: int, record: RenderRecord) -> None:
         shard.settle(index, record)
-        self.tally.count(record)
+        self.tally.count(record, skipped=record.error_class == InvalidRow.__name__)
 
     def _close_if_complete(self, shard: OpenShard) -> None:
-        if shard.left == 0 and not shard.closed:
-            shard.closed = True
-            self.tally.shards_done += 1
-            self.ledger.write_shard(self.run, shard.shard.name, shard.epoch, shard.finished_table())
+        if shard.left or shard.closed:
+            return
+        shard.closed = True
+        self.open_rows -= len(shard.rows)
+        self.tally.shards_done += 1
+        self._let_ok_win(shard)
+        if not self.ledger.write_shard(self.run, shard.shard.name, shard.epoch, shard.finished_table()):
+            ours = len(shard.rows) - shard.failed_count()
+            self.tally.mend(self.admission.count_ok(shard.shard.name, shard.epoch) - ours)
+
+    def _let_ok_win(self, shard: OpenShard) -> None:
+        """Another driver may have rendered since what failed here."""
+        failed = shard.failed_keys()
+        standing = self.admission.look_up(sorted(set(failed.values())))
+        for index, key in failed.items():
+            if key in standing:
+                shard.amend(index, standing[key])
+                self.tally.mend(1)
 
     def _tell(self, stopped: str | None, *, final: bool = False) -> Summary:
         summary = self.tally.summary(
             workers=len(self.schedule.ready_workers), draining=self.drain.is_set(), stopped=stopped
         )
-        now_s = time.monotonic()
-        if final or now_s - self.last_told_s >= _POLL_S:
-            self.last_told_s = now_s
-            self.listen(summary)
-        if final or now_s - self.last_beat_s >= _HEARTBEAT_S:
-            self.last_beat_s = now_s
-            self.ledger.write_status(self.run, {**summary.as_dict(), "at_unix_s": round(time.time(), 3)})
+        self.last_told_s = time.monotonic()
+        self.listen(summary)
+        if final or self.last_told_s - self.last_beat_s >= _HEARTBEAT_S:
+            self.last_beat_s = self.last_told_s
+            self._beat(summary)
         return summary
+
+    def _beat(self, summary: Summary) -> None:
+        """Best effort: a store that fails for a moment must not end the run over its heartbeat."""
+        try:
+            self.ledger.write_status(self.run, {**summary.as_dict(), "at_unix_s": round(time.time(), 3)})
+        except Exception as error:
+            print(f"the heartbeat could not be written: {error}", file=sys.stderr)
 
 
 def open_pool(job: JobSpec) -> Pool:

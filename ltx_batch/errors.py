@@ -72,7 +72,8 @@ class ManifestError(UsageError):
         lines = [f"the manifest breaks {len(self.issues)} rule(s):", *(f"  {issue}" for issue in self.issues[:shown])]
         if len(self.issues) > shown:
             lines.append(f"  ... and {len(self.issues) - shown} more; `ltx-batch validate JOB --json` lists them all")
-        lines.append("Mend them, or render the other rows with --skip-invalid.")
+        if all(issue.row is not None for issue in self.issues):
+            lines.append("Mend them, or render the other rows with --skip-invalid.")
         super().__init__("\n".join(lines))
 
 

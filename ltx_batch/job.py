@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -118,7 +118,9 @@ class JobSpec(_Section):
     manifest: str = Field(description="file, folder or glob at any fsspec URI: Parquet, CSV or JSONL")
     output: str = Field(description="output prefix: a local folder or any fsspec URI")
     model: ModelSpec = Field(default_factory=ModelSpec)
-    workers: int | Literal["auto"] = Field("auto", description="0: in this process; a number or auto: Ray actors")
+    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto", description="0: in this process; a number or auto: Ray actors"
+    )
     worker: WorkerSpec = Field(default_factory=WorkerSpec)
     batch_size: int = Field(1, ge=1, description="rows of equal shape in one forward pass")
     shard_rows: int = Field(512, ge=1, description="rows a unit of bookkeeping")

@@ -181,7 +181,8 @@ def _compare(job: JobSpec, manifest: Manifest, ledger: Ledger) -> _Comparison:
     admission.count_finished(list(manifest.shards(job.shard_rows)), tally, retry=False)
     found = _Comparison(Counter(), tally.ok, tally.failed, recipe)
     assert found.new is not None
-    for prepared in admission.prepare({**recipe, "precision": precision}, {}):
+    for upcoming in admission.prepare({**recipe, "precision": precision}, {}):
+        prepared = upcoming.result()
         for _, key, request, _ in prepared.wanted:
             if key in prepared.known:
                 found.done += 1

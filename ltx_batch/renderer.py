@@ -99,13 +99,10 @@ def load_renderer(
     """
     if upsampler is not None:
         raise JobError("an upsampler serves multi-scale rendering, which is not built yet")
-    if condition_preprocess != "none":
-        raise JobError(f"condition_preprocess: {condition_preprocess} is not built yet; what works: none")
-    policy.resolve_name(precision, "cpu")
+    check_built(precision, placement, condition_preprocess)
     from ltx_batch.model.pipeline import LtxPipeline
-    from ltx_batch.model.placement import check_placement, pick_device
+    from ltx_batch.model.placement import pick_device
 
-    check_placement(placement)
     place = pick_device(device)
     chosen = policy.precision(precision, place.type, threshold=llm_int8_threshold, skip=tuple(skip_modules))
     folder = local_folder(resolve_checkpoint(checkpoint), options)
@@ -158,6 +155,15 @@ def tokenizer_file(model: ModelSpec) -> Path | None:
         return None
     found = Path(resolve_checkpoint(model.checkpoint), "tokenizer", "tokenizer.json")
     return found if found.is_file() else None
+
+
+def check_built(precision: str, placement: str, condition_preprocess: str) -> None:
+    """Raises JobError or PrecisionError for a value that has a name but no code yet, before anything is started."""
+    policy.resolve_name(precision, "cpu")
+    if placement not in ("auto", "resident"):
+        raise JobError(f"model.placement: {placement} is not built yet; what works: auto, resident")
+    if condition_preprocess != "none":
+        raise JobError(f"condition_preprocess: {condition_preprocess} is not built yet; what works: none")
 
 
 def resolve_precision(name: str, device: str) -> str:

@@ -32,6 +32,7 @@ class Task:
     request: RenderRequest
     priority: int = 0
     attempt: int = 1
+    failed_on: tuple[str, ...] = ()  # workers on which it raised: another one goes first
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +118,7 @@ class _Slot:
     progress_s: float = 0.0
     batch_key: tuple[Any, ...] | None = None
     unexplained_deaths: int = 0
+    raised: set[str] = field(default_factory=set)  # keys that raised here since the last ok
     ready: bool = False
     retired: bool = False
 
@@ -134,6 +136,7 @@ class Schedule:
         self.costs = CostModel()
         self._in_flight = in_flight
         self._ready: dict[tuple[Any, ...], list[WorkUnit]] = {}
+        self._again: list[WorkUnit] = []
         self._alone: list[WorkUnit] = []
         self._slots: dict[str, _Slot] = {}
         self._reserved: str | None = None
@@ -145,7 +148,11 @@ class Schedule:
     @property
     def waiting(self) -> int:
         """Tasks not handed out yet."""
-        return len(self._alone) + sum(len(unit.tasks) for group in self._ready.values() for unit in group)
+        return (
+            len(self._alone)
+            + len(self._again)
+            + sum(len(unit.tasks) for group in self._ready.values() for unit in group)
+        )
 
     @property
     def busy(self) -> int:
@@ -159,7 +166,7 @@ class Schedule:
 
     def waiting_s(self) -> float:
         """Predicted seconds of one worker for all that waits."""
-        units = [*self._alone, *(unit for group in self._ready.values() for unit in group)]
+        units = [*self._alone, *self._again, *(unit for group in self._ready.values() for unit in group)]
         return sum(self._cost(unit) for unit in units)
 
     # tasks in
@@ -188,7 +195,10 @@ class Schedule:
         slot = self._slots[worker]
         if not slot.ready or len(slot.held) >= self._in_flight or any(unit.alone for unit in slot.held.values()):
             return None
-        unit = self._next_alone(worker, slot) if self._wants_alone(worker) else self._next_ready(slot)
+        if self._wants_alone(worker):
+            unit = self._next_alone(worker, slot)
+        else:
+            unit = self._next_again(worker) or self._next_ready(slot)
         if unit is None:
             return None
         if not slot.held:
@@ -215,16 +225,19 @@ class Schedule:
         verdict = Verdict()
         for task, record in zip(unit.tasks, records, strict=True):
             if record.ok:
-                slot.unexplained_deaths = 0
+                slot.unexplained_deaths, slot.raised = 0, set()
                 verdict += self._succeed(task, record)
             else:
-                verdict += self._raised(task, record, shared=len(unit.tasks) > 1)
+                if record.retryable:
+                    slot.raised.add(task.key)
+                verdict += self._raised(task, record, worker, shared=len(unit.tasks) > 1)
         return verdict
 
     def died(self, worker: str, cause: Cause, message: str) -> Verdict:
         """A worker's process ended, or was killed for making no progress."""
         slot = self._slots.setdefault(worker, _Slot())
         held, slot.held, slot.batch_key, slot.ready = list(slot.held.values()), {}, None, False
+        slot.raised = set()
         if self._reserved == worker:
             self._reserved = None
         tasks = [task for unit in held for task in unit.tasks]
@@ -250,6 +263,11 @@ class Schedule:
         """A worker's process could not be made ready."""
         self._slots.setdefault(worker, _Slot()).unexplained_deaths += 1
 
+    def sick(self, worker: str) -> bool:
+        """Whether rows raise on this worker one after the other while another worker could take them."""
+        others = [name for name in self.ready_workers if name != worker and not self._slots[name].raised]
+        return bool(others) and len(self._slots[worker].raised) >= self.policy.max_worker_deaths
+
     def may_restart(self, worker: str) -> bool:
         """Whether the slot gets a new process; one that is refused stays closed for the run."""
         slot = self._slots[worker]
@@ -260,6 +278,7 @@ class Schedule:
         """Forget all that waits (the run is draining); returns how many tasks that were."""
         count = self.waiting
         self._ready.clear()
+        self._again.clear()
         self._alone.clear()
         return count
 
@@ -279,6 +298,14 @@ class Schedule:
         if self._reserved == worker:
             self._reserved = None
         return self._alone.pop(0)
+
+    def _next_again(self, worker: str) -> WorkUnit | None:
+        """A row that raised, on a worker where it did not raise yet, while there is one."""
+        for index, unit in enumerate(self._again):
+            failed_on = unit.tasks[0].failed_on
+            if worker not in failed_on or set(self.ready_workers) <= set(failed_on):
+                return self._again.pop(index)
+        return None
 
     def _next_ready(self, slot: _Slot) -> WorkUnit | None:
         """Highest priority; then the worker's own shape, whose graph is hot; then the longest predicted."""
@@ -310,7 +337,7 @@ class Schedule:
         self._deaths.pop(task.key, None)
         return Verdict((record,))
 
-    def _raised(self, task: Task, record: RenderRecord, *, shared: bool) -> Verdict:
+    def _raised(self, task: Task, record: RenderRecord, worker: str, *, shared: bool) -> Verdict:
         committed = self._committed(task.key)
         if committed is not None:
             return self._succeed(task, replace(committed, reused=True))
@@ -320,7 +347,9 @@ class Schedule:
         facts = _facts(task, record.error_class or "error", record.error or "", record.worker or "", True)
         attempts = ((task.key, facts),)
         if record.retryable and task.attempt < self.policy.max_attempts:
-            self.add([replace(task, attempt=task.attempt + 1)])
+            again = replace(task, attempt=task.attempt + 1, failed_on=(*task.failed_on, worker))
+            self._again.append(WorkUnit(self._next_id, (again,)))
+            self._next_id += 1
             return Verdict(attempts=attempts)
         return Verdict((replace(record, attempts=task.attempt),), attempts)
 

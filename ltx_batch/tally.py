@@ -7,10 +7,10 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ltx_batch.errors import InvalidRow
 from ltx_batch.record import RenderRecord
 
 _TOP_ERRORS = 5
+_KINDS_OF_ERRORS = 1000
 _MESSAGE_CHARS = 160
 
 
@@ -78,19 +78,29 @@ class Tally:
         self.ok += ok
         self.failed += failed
 
-    def count(self, record: RenderRecord) -> None:
-        """A row that this call settled."""
+    def count(self, record: RenderRecord, *, skipped: bool = False) -> None:
+        """A row that this call settled; `skipped` by its user's choice."""
         if record.ok:
             self.ok += 1
         else:
             self.failed += 1
-            self.tried_in_vain += record.error_class != InvalidRow.__name__
+            self.tried_in_vain += not skipped
             first_line = (record.error or "").partition("\n")[0]
-            self.errors[f"{record.error_class}: {first_line}"[:_MESSAGE_CHARS]] += 1
+            self._count_error(f"{record.error_class}: {first_line}"[:_MESSAGE_CHARS])
         if record.ok and not record.reused:
             self.rendered += 1
             self.gpu_seconds += record.gpu_seconds
             self.first_s = self.first_s or time.monotonic()
+
+    def mend(self, rows: int) -> None:
+        """Rows counted as failed whose record turned out to stand."""
+        self.ok += rows
+        self.failed -= rows
+
+    def _count_error(self, message: str) -> None:
+        """Messages may name paths, one a row: beyond a thousand kinds they are counted together."""
+        known = message in self.errors or len(self.errors) < _KINDS_OF_ERRORS
+        self.errors[message if known else "other errors"] += 1
 
     def worker_ready(self) -> None:
         if self.ready_s is None:

@@ -94,9 +94,9 @@ class Worker:
 
     def _fetch(self, request: RenderRequest) -> RenderRequest:
         """The request with its conditioning media read into memory and checked against their hashes."""
-        return replace(request, conditions=tuple(self._load(condition) for condition in request.conditions))
+        return replace(request, conditions=tuple(self._load(condition, request) for condition in request.conditions))
 
-    def _load(self, condition: Condition) -> Condition:
+    def _load(self, condition: Condition, request: RenderRequest) -> Condition:
         if not isinstance(condition.media, str | Path):
             return condition
         with _scratch() as folder:
@@ -110,7 +110,11 @@ class Worker:
                 raise MediaError(
                     f"{condition.media} has sha256 {digest}, not {condition.media_sha256}: it changed after it was hashed"
                 )
-            return replace(condition, media=read_media(target), media_sha256=digest)
+            return replace(
+                condition,
+                media=read_media(target, num_frames=request.num_frames - condition.start_frame),
+                media_sha256=digest,
+            )
 
     def _render(
         self, ready: list[tuple[Task, RenderRequest, float]], records: dict[str, RenderRecord]

@@ -62,7 +62,7 @@ class Asked:
 
     def command(self, verb: str) -> str:
         """A line that does `verb` to the same job."""
-        words = [word for word in self.arguments() if word not in ("--json", "--skip-invalid")]
+        words = [word for word in self.arguments() if word != "--json"]
         start = ["python", "submit.py"] if verb == "run" else ["ltx-batch", verb]
         return shlex.join([*start, self.name, *words])
 

@@ -61,6 +61,9 @@ def _check_texts(cells: Cells) -> None:
     if "input_media_path" in cells:
         video_to_video = "video-to-video is not built yet: leave it null, or use conditioning_media_paths"
         cells.flag("input_media_path", cells.present("input_media_path"), video_to_video)
+    if "stg_scale" in cells:
+        guidance = "spatio-temporal guidance is not built yet: leave it null, or 0"
+        cells.flag("stg_scale", (cells.numbers("stg_scale") > 0) & ~cells.bad("stg_scale"), guidance)
 
 
 def _check_numbers(cells: Cells) -> None:

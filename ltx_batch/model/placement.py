@@ -6,8 +6,6 @@ import torch
 
 from ltx_batch.errors import JobError
 
-_PLANNED = ("offload", "sharded")
-
 
 def pick_device(name: str) -> torch.device:
     """`auto` is the first GPU where there is one. Raises JobError where `cuda` is asked for and absent."""
@@ -23,11 +21,3 @@ def pick_device(name: str) -> torch.device:
 def device_name(device: torch.device) -> str:
     """`cpu`, or the GPU's model."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def check_placement(name: str) -> None:
-    """Raises JobError for a placement that is unknown or not built yet."""
-    if name in _PLANNED:
-        raise JobError(f"placement {name} is not built yet; what works: auto, resident")
-    if name not in ("auto", "resident"):
-        raise JobError(f"unknown placement {name!r}; what works: auto, resident")

@@ -105,7 +105,7 @@ def test_a_later_driver_takes_the_precision_that_the_first_one_froze(tmp_path: P
 
 
 def test_a_window_of_the_manifest_is_held_not_all_of_it(tmp_path: Path) -> None:
-    """Priorities rise with the row, so that what is rendered first tells how far the driver has read."""
+    """Priorities rise with the row, so that what is rendered tells how far the driver has read."""
     rows = 2400
     manifest = write_manifest(tmp_path, ["p"] * rows, priority=list(range(rows)))
     job = make_job(manifest, tmp_path / "out", shard_rows=100, video={"codec": "fake"})
@@ -122,8 +122,8 @@ def test_a_window_of_the_manifest_is_held_not_all_of_it(tmp_path: Path) -> None:
     rest = run(job)
     assert rest.exit_code == 0 and rest.reused == summary.rendered
     row_of = {line["ltx_key"]: line["ltx_row"] for line in check_output(job, rest.run).lines}
-    first = [row_of[record.key] for record in finished[:10]]
-    assert all(1980 <= row < 2200 for row in first), first
+    ahead = [row_of[record.key] - place for place, record in enumerate(finished)]
+    assert max(ahead) < 2000 + 2 * 100, "a window of tasks and the shard that overfilled it"
 
 
 def test_two_drivers_on_one_run_agree(tmp_path: Path) -> None:

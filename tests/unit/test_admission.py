@@ -41,7 +41,7 @@ class Place:
         return admission
 
     def prepare(self, **how: Any) -> list[PreparedShard]:
-        return list(self.admission(**how).prepare(RECIPE, {}))
+        return [upcoming.result() for upcoming in self.admission(**how).prepare(RECIPE, {})]
 
     def finish(self, prepared: PreparedShard, *, run: str = "run", bad: tuple[int, ...] = ()) -> OpenShard:
         """Write the shard's lines, with those rows failed."""
@@ -92,14 +92,16 @@ def test_a_key_that_changed_reopens_its_line(tmp_path: Path) -> None:
     place = Place(tmp_path, 2)
     place.finish(place.prepare()[0])
     admission = place.admission(check_media=True)
-    (again,) = admission.prepare({"precision": "bf16"}, {})
+    (upcoming,) = admission.prepare({"precision": "bf16"}, {})
+    again = upcoming.result()
     assert (len(again.wanted), again.shard.left, again.reopened) == (2, 2, 2)
 
 
 def test_broken_rules_settle_a_row_without_a_key(tmp_path: Path) -> None:
     place = Place(tmp_path, 2)
     invalid = {(place.manifest.files[0].uri, 1): "prompt: is bad"}
-    (prepared,) = place.admission().prepare(RECIPE, invalid)
+    (upcoming,) = place.admission().prepare(RECIPE, invalid)
+    prepared = upcoming.result()
     ((index, record),) = prepared.settled
     assert (index, record.error_class, record.error, record.attempts, record.key) == (
         1, "InvalidRow", "prompt: is bad", 0, "",

@@ -323,3 +323,46 @@ def test_predictions_scale_unseen_shapes_by_their_work() -> None:
 )
 def test_the_breaker(ok_rows: int, failed_rows: int, fraction: float | None, trips: bool) -> None:
     assert bool(Breaker(20, fraction).tripped(ok_rows, failed_rows)) is trips
+
+
+def test_a_row_that_raised_goes_to_another_worker_first() -> None:
+    bench = Bench("a", "b", in_flight=1)
+    bench.schedule.add([task("x"), task("y")])
+    assert [bench.next_keys("a"), bench.next_keys("b")] == [["x"], ["y"]]
+    bench.finish(failed("x"), worker="a")
+    assert bench.next_keys("a") is None, "x waits for b"
+    bench.finish(ok("y"), worker="b")
+    assert bench.next_keys("b") == ["x"]
+
+
+def test_a_row_that_raised_everywhere_goes_to_anyone() -> None:
+    bench = Bench("a", "b", in_flight=1)
+    bench.schedule.add([task("x")])
+    for worker in ("a", "b"):
+        assert bench.next_keys(worker) == ["x"]
+        bench.finish(failed("x"), worker=worker)
+    assert bench.next_keys("a") == ["x"]
+
+
+def test_one_sick_worker_does_not_fail_sound_rows() -> None:
+    bench = Bench("sick", "well", in_flight=1, max_attempts=2)
+    bench.schedule.add([task(f"x{i}") for i in range(40)])
+    ended: list[RenderRecord] = []
+    while bench.schedule.waiting or bench.schedule.busy:
+        for _ in range(5):  # it fails fast, so it asks often
+            if keys := bench.next_keys("sick"):
+                ended += bench.finish(failed(keys[0]), worker="sick").records
+        if keys := bench.next_keys("well"):
+            ended += bench.finish(ok(keys[0]), worker="well").records
+    assert len(ended) == 40 and all(record.ok for record in ended)
+
+
+@pytest.mark.parametrize(("rows", "others_are_well", "sick"), [(7, True, False), (8, True, True), (8, False, False)])
+def test_a_worker_on_which_row_after_row_raises_is_sick(rows: int, others_are_well: bool, sick: bool) -> None:
+    bench = Bench(*(("a", "b") if others_are_well else ("a",)), in_flight=1)
+    bench.schedule.add([task(f"x{i}") for i in range(rows)])
+    for _ in range(rows):
+        unit = bench.schedule.next("a", 0.0)
+        assert unit is not None
+        bench.finish(failed(unit.tasks[0].key), worker="a")
+    assert bench.schedule.sick("a") is sick

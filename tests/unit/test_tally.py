@@ -56,9 +56,16 @@ def test_the_commonest_errors_come_first_by_class_and_first_line() -> None:
 def test_rows_that_were_skipped_on_purpose_are_failed_but_no_reason_to_stop() -> None:
     tally = Tally("run", rows=4)
     tally.count_finished(ok=0, failed=1)
+    tally.count(failed("InvalidRow"), skipped=True)
     tally.count(failed("InvalidRow"))
-    tally.count(failed("MediaError"))
     assert (tally.failed, tally.tried_in_vain) == (3, 1)
+
+
+def test_kinds_of_errors_are_counted_together_beyond_a_thousand() -> None:
+    tally = Tally("run", rows=5000)
+    for row in range(3000):
+        tally.count(failed("MediaError", f"/media/{row}.png does not exist"))
+    assert len(tally.errors) == 1001 and tally.errors["other errors"] == 2000
 
 
 def test_the_rate_counts_from_the_first_clip_and_gives_the_time_that_is_left() -> None:
