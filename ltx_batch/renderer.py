@@ -90,19 +90,23 @@ def load_renderer(
     condition_preprocess: str = "none",
     llm_int8_threshold: float = 0.0,
     skip_modules: Sequence[str] = (),
+    torch_threads: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> LtxRenderer:
     """Load a checkpoint: the name `demo`, a folder, a URI or a hub id.
 
     `pipeline_config` is a path or URI of an official YAML file; without it the checkpoint folder's own holds, else the
-    official base defaults. `options` are fsspec options for URIs. Raises CheckpointError, PrecisionError or JobError before any weight is loaded, where it can.
+    official base defaults. `torch_threads` pins torch's CPU threads, on which pixels hang; `options` are fsspec options for
+    URIs. Raises CheckpointError, PrecisionError or JobError before any weight is loaded, where it can.
     """
     if upsampler is not None:
         raise JobError("an upsampler serves multi-scale rendering, which is not built yet")
     check_built(precision, placement, condition_preprocess)
     from ltx_batch.model.pipeline import LtxPipeline
-    from ltx_batch.model.placement import pick_device
+    from ltx_batch.model.placement import pick_device, use_threads
 
+    if torch_threads is not None:
+        use_threads(torch_threads)
     place = pick_device(device)
     chosen = policy.precision(precision, place.type, threshold=llm_int8_threshold, skip=tuple(skip_modules))
     folder = local_folder(resolve_checkpoint(checkpoint), options)

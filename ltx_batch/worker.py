@@ -222,6 +222,7 @@ def open_renderer(plan: WorkerPlan) -> Renderer:
         condition_preprocess=plan.job.condition_preprocess,
         llm_int8_threshold=model.llm_int8_threshold,
         skip_modules=model.skip_modules,
+        torch_threads=plan.job.worker.torch_threads,
         options=plan.job.storage.options,
     )
 

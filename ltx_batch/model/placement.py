@@ -18,6 +18,11 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def use_threads(count: int) -> None:
+    """CPU threads of torch in this process. Pixels hang on it, so a job pins it; the environment is only read once."""
+    torch.set_num_threads(count)
+
+
 def device_name(device: torch.device) -> str:
     """`cpu`, or the GPU's model."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
