@@ -165,7 +165,9 @@ def check_built(precision: str, placement: str, condition_preprocess: str) -> No
     """Raises JobError or PrecisionError for a value that has a name but no code yet, before anything is started."""
     policy.resolve_name(precision, "cpu")
     if placement not in ("auto", "resident"):
-        raise JobError(f"model.placement: {placement} is not built yet; what works: auto, resident")
+        known = placement in ("offload", "sharded")
+        fault = f"placement {placement} is not built yet" if known else f"unknown placement {placement!r}"
+        raise JobError(f"{fault}; what works: auto, resident")
     if condition_preprocess != "none":
         raise JobError(f"condition_preprocess: {condition_preprocess} is not built yet; what works: none")
 
