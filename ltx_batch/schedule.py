@@ -10,12 +10,12 @@ a record before anything is charged.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from ltx_batch.costs import CostModel
 from ltx_batch.job import AttemptPolicy
 from ltx_batch.record import RenderRecord
 from ltx_batch.request import RenderRequest
@@ -70,44 +70,6 @@ def cut_units(tasks: Iterable[Task], batch_size: int, *, first_id: int = 0) -> l
         groups.setdefault(task.request.batch_key(), []).append(task)
     cuts = [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
     return [WorkUnit(first_id + i, tuple(cut)) for i, cut in enumerate(cuts)]
-
-
-class CostModel:
-    """Predicted render seconds of a request: measured for its shape once there is a measurement, else by work.
-
-    Work of one transformer call is linear in tokens plus attention's square; 20,000 tokens is where the two are about
-    equal for the 13B model (benchmarks/results hold the measurements this rests on). Units of work are arbitrary until
-    the first observation sets their scale.
-    """
-
-    _SMOOTHING = 0.3
-
-    def __init__(self) -> None:
-        self._seconds_by_shape: dict[tuple[Any, ...], float] = {}
-        self._seconds_per_work: float | None = None
-
-    @staticmethod
-    def work(request: RenderRequest) -> float:
-        latent_frames = math.ceil((request.num_frames - 1) / 8) + 1
-        tokens = latent_frames * math.ceil(request.height / 32) * math.ceil(request.width / 32)
-        calls = len(request.timesteps) if request.timesteps else request.num_inference_steps or 8
-        return calls * tokens * (1 + tokens / 20_000)
-
-    @property
-    def learned(self) -> bool:
-        return self._seconds_per_work is not None
-
-    def predict_s(self, request: RenderRequest) -> float:
-        known = self._seconds_by_shape.get(request.batch_key())
-        return known if known is not None else self.work(request) * (self._seconds_per_work or 1e-3)
-
-    def observe(self, request: RenderRequest, seconds: float) -> None:
-        key = request.batch_key()
-        self._seconds_by_shape[key] = self._blend(self._seconds_by_shape.get(key), seconds)
-        self._seconds_per_work = self._blend(self._seconds_per_work, seconds / self.work(request))
-
-    def _blend(self, old: float | None, new: float) -> float:
-        return new if old is None else (1 - self._SMOOTHING) * old + self._SMOOTHING * new
 
 
 @dataclass(slots=True)

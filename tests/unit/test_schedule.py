@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from ltx_batch.costs import CostModel
 from ltx_batch.job import AttemptPolicy
 from ltx_batch.record import RenderRecord
 from ltx_batch.request import RenderRequest
-from ltx_batch.schedule import Breaker, CostModel, Schedule, Task, cut_units
+from ltx_batch.schedule import Breaker, Schedule, Task, cut_units
 
 
 def task(key: str, *, height: int = 64, frames: int = 9, priority: int = 0, attempt: int = 1) -> Task:
