@@ -11,26 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.nn.functional import interpolate, pad
 
-from ltx_batch.errors import InvalidRow, MediaError
 from ltx_batch.model.latents import from_tokens, normalize, to_tokens, token_coords
 from ltx_batch.model.noise import Noise, draw_rows
-from ltx_batch.model.plan import TEMPORAL, PassPlan, Plan
+from ltx_batch.model.plan import TEMPORAL, PassPlan
+from ltx_batch.model.preprocess import ConditionItem
 
 _PREFIX = 2  # latent frames of a later sequence that become extra tokens
-
-
-@dataclass(frozen=True, slots=True)
-class ConditionItem:
-    """Media ready for the VAE: `pixels` fp32 [1, 3, F, H, W] in [-1, 1], at the pass's padded size, F = 8k + 1."""
-
-    pixels: torch.Tensor
-    start_frame: int
-    strength: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,31 +33,6 @@ class Tokens:
     coords: torch.Tensor
     strengths: torch.Tensor | None = None
     extra: int = 0
-
-
-def prepare_media(frames: NDArray[np.uint8], start_frame: int, strength: float, plan: Plan) -> ConditionItem:
-    """Trim uint8 RGB [F, H, W, 3] to what fits the clip, bring it to the clip's size, and pad it as the clip is padded.
-
-    Media of another shape are cropped around their centre, never stretched. Raises MediaError or InvalidRow.
-    """
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
-        raise MediaError(
-            f"conditioning media must be uint8 RGB [F, H, W, 3], found {frames.dtype} {list(frames.shape)}"
-        )
-    count = trimmed_frames(len(frames), start_frame, plan.num_frames)
-    if count > 1 and start_frame % TEMPORAL:
-        raise InvalidRow(f"a conditioning video must start at a multiple of {TEMPORAL}, found frame {start_frame}")
-    pixels = torch.from_numpy(np.ascontiguousarray(frames[:count])).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    pixels = _fit(_crop(pixels, plan.height / plan.width), plan.height, plan.width)
-    last = plan.passes[-1]
-    below, right = last.height - plan.height - plan.pad_top, last.width - plan.width - plan.pad_left
-    pixels = pad(pixels, (plan.pad_left, right, plan.pad_top, below))
-    return ConditionItem(pixels.transpose(0, 1).unsqueeze(0), start_frame, strength)
-
-
-def trimmed_frames(available: int, start_frame: int, num_frames: int) -> int:
-    """The most frames of the form 8k + 1 that are there and fit; pipeline_ltx_video.py, trim_conditioning_sequence."""
-    return (min(available, num_frames - start_frame) - 1) // TEMPORAL * TEMPORAL + 1
 
 
 def start_tokens(
@@ -132,18 +95,3 @@ def _join(extra: Sequence[Tokens], clip: Tokens) -> Tokens:
         torch.cat([part.strengths for part in parts if part.strengths is not None], dim=1),
         sum(part.latents.shape[1] for part in extra),
     )
-
-
-def _crop(pixels: torch.Tensor, aspect: float) -> torch.Tensor:
-    """The largest centred part of [F, 3, H, W] whose height over width is `aspect`."""
-    height, width = pixels.shape[-2:]
-    tall, wide = min(height, max(1, round(width * aspect))), min(width, max(1, round(height / aspect)))
-    top, left = (height - tall) // 2, (width - wide) // 2
-    return pixels[..., top : top + tall, left : left + wide]
-
-
-def _fit(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Bilinear, as the official code resizes, but filtered where it shrinks: large photographs would alias."""
-    if pixels.shape[-2:] == (height, width):
-        return pixels
-    return interpolate(pixels, (height, width), mode="bilinear", align_corners=False, antialias=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ltx_batch.model.latents import unnormalize
 from ltx_batch.model.noise import Noise
-from ltx_batch.model.plan import Plan
+from ltx_batch.model.plan import Plan, Target
 
 
 def decode_row(vae: Any, latents: torch.Tensor, plan: Plan, noise: Noise) -> NDArray[np.uint8]:
@@ -21,8 +21,13 @@ def decode_row(vae: Any, latents: torch.Tensor, plan: Plan, noise: Noise) -> NDA
     One row at a time: decoding is the peak of memory, and a batch gains nothing there.
     """
     video = decode_latents(vae, latents, plan.decode_timestep, plan.decode_noise_scale, noise)
-    video = video[:, :, : plan.num_frames, plan.pad_top :, plan.pad_left :][..., : plan.height, : plan.width]
-    return to_uint8(video)[0]
+    return to_uint8(crop(video, plan.target))[0]
+
+
+def crop(video: torch.Tensor, target: Target) -> torch.Tensor:
+    """[B, C, F, H, W] of the padded size to what was asked for; ltx_video/inference.py, infer."""
+    left, _, top, _ = target.pads
+    return video[:, :, : target.num_frames, top : top + target.height, left : left + target.width]
 
 
 def decode_latents(vae: Any, latents: torch.Tensor, timestep: float, noise_scale: float, noise: Noise) -> torch.Tensor:

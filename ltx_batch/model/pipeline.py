@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ltx_batch.model.checkpoint import load_checkpoint
-from ltx_batch.model.conditioning import ConditionItem, start_tokens
+from ltx_batch.model.conditioning import start_tokens
 from ltx_batch.model.decode import decode_row
 from ltx_batch.model.denoise import denoise_pass
 from ltx_batch.model.latents import from_tokens
 from ltx_batch.model.noise import Noise
 from ltx_batch.model.placement import device_name
 from ltx_batch.model.plan import PassPlan, Plan
+from ltx_batch.model.preprocess import ConditionItem
 from ltx_batch.model.quantize.bnb import quantize_blocks, scale_bytes
 from ltx_batch.model.quantize.policy import Precision
 from ltx_batch.model.sigmas import SchedulerConfig

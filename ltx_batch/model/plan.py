@@ -54,17 +54,42 @@ class PassPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """What a request will do. height, width, num_frames are what is asked for; the clip is decoded at the last
-    pass's padded size and cropped from (0, pad_top, pad_left)."""
+class Target:
+    """The clip that is asked for, in pixels and frames, and its padded size: multiples of 32, and 8k + 1 frames."""
 
-    passes: tuple[PassPlan, ...]
     height: int
     width: int
     num_frames: int
+
+    @property
+    def padded_height(self) -> int:
+        return pad_size(self.height)
+
+    @property
+    def padded_width(self) -> int:
+        return pad_size(self.width)
+
+    @property
+    def padded_frames(self) -> int:
+        return pad_frames(self.num_frames)
+
+    @property
+    def pads(self) -> tuple[int, int, int, int]:
+        """Pixels at the left, right, top and bottom; an odd pad has its extra pixel at the right or the bottom.
+
+        LTX-Video, ltx_video/inference.py, calculate_padding.
+        """
+        across, down = self.padded_width - self.width, self.padded_height - self.height
+        return across // 2, across - across // 2, down // 2, down - down // 2
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a request will do. The clip is decoded at the last pass's size and cropped to the target."""
+
+    passes: tuple[PassPlan, ...]
+    target: Target
     frame_rate: float
-    pad_top: int
-    pad_left: int
     image_cond_noise_scale: float
     decode_timestep: float
     decode_noise_scale: float
@@ -94,7 +119,8 @@ def plan_request(request: RenderRequest, config: PipelineConfig, scheduler: Sche
     Raises InvalidRow for what only the model knows to be wrong.
     """
     check_request(request)
-    height, width, num_frames = pad_size(request.height), pad_size(request.width), pad_frames(request.num_frames)
+    target = Target(request.height, request.width, request.num_frames)
+    height, width, num_frames = target.padded_height, target.padded_width, target.padded_frames
     frames, rows, columns = latent_size(num_frames, height, width)
     sigmas = _sigmas(request, config, scheduler, tokens=frames * rows * columns)
     guidance = tuple(Guidance(_or(request.guidance_scale, config.scale_at(config.guidance_scale, s))) for s in sigmas)
@@ -102,13 +128,8 @@ def plan_request(request: RenderRequest, config: PipelineConfig, scheduler: Sche
     default_noise = decode_timestep if config.decode_noise_scale is None else config.decode_noise_scale
     return Plan(
         passes=(PassPlan("pass1", height, width, num_frames, sigmas, guidance),),
-        height=request.height,
-        width=request.width,
-        num_frames=request.num_frames,
+        target=target,
         frame_rate=request.frame_rate,
-        # An odd pad has its extra pixel at the bottom and right; inference.py, calculate_padding.
-        pad_top=(height - request.height) // 2,
-        pad_left=(width - request.width) // 2,
         image_cond_noise_scale=_or(request.image_cond_noise_scale, config.image_cond_noise_scale),
         decode_timestep=decode_timestep,
         decode_noise_scale=_or(request.decode_noise_scale, default_noise),

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from ltx_batch.clip import Clip
-from ltx_batch.model.conditioning import ConditionItem, prepare_media
 from ltx_batch.model.noise import row_noise
 from ltx_batch.model.pipeline import LtxPipeline, Row, Stopwatch
 from ltx_batch.model.plan import Plan
+from ltx_batch.model.preprocess import ConditionItem, prepare_media
 from ltx_batch.request import RenderRequest
 
 Media = Sequence[NDArray[np.uint8]]
@@ -46,7 +46,7 @@ def render_batch(
 
 def _prepare(request: RenderRequest, media: Media, plan: Plan) -> tuple[ConditionItem, ...]:
     return tuple(
-        prepare_media(frames, condition.start_frame, condition.strength, plan)
+        prepare_media(frames, condition.start_frame, condition.strength, plan.target)
         for condition, frames in zip(request.conditions, media, strict=True)
     )
 

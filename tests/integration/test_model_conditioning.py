@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from ltx_batch.model.checkpoint import load_checkpoint
-from ltx_batch.model.conditioning import Tokens, encode_media, prepare_media, start_tokens, trimmed_frames
+from ltx_batch.model.conditioning import Tokens, encode_media, start_tokens
 from ltx_batch.model.latents import from_tokens, normalize, to_tokens, token_coords, unnormalize
 from ltx_batch.model.noise import row_noise
 from ltx_batch.model.pipeline_config import PipelineConfig
 from ltx_batch.model.plan import Plan, plan_request
+from ltx_batch.model.preprocess import prepare_media, trimmed_frames
 from ltx_batch.model.sigmas import SchedulerConfig
 from ltx_batch.request import RenderRequest
 from tests.tiny_checkpoint import LATENT_CHANNELS, write_tiny_checkpoint
@@ -36,7 +37,7 @@ def gradient(height: int, width: int) -> np.ndarray:
 
 def test_media_of_the_clips_size_keep_every_value() -> None:
     frames = np.random.default_rng(0).integers(0, 256, (9, 64, 96, 3), dtype=np.uint8)
-    pixels = prepare_media(frames, 0, 1.0, make_plan()).pixels
+    pixels = prepare_media(frames, 0, 1.0, make_plan().target).pixels
     assert pixels.shape == (1, 3, 9, 64, 96)
     assert np.array_equal(((pixels + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1)[0].numpy(), frames)
     assert (pixels.min(), pixels.max()) == (-1, 1)
@@ -44,7 +45,7 @@ def test_media_of_the_clips_size_keep_every_value() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(128, 384), (384, 128), (640, 961)])
 def test_media_of_another_shape_are_cropped_around_their_centre(height: int, width: int) -> None:
-    pixels = prepare_media(gradient(height, width), 0, 1.0, make_plan()).pixels[0, :, 0]
+    pixels = prepare_media(gradient(height, width), 0, 1.0, make_plan().target).pixels[0, :, 0]
     kept_wide, kept_tall = min(1, height * 1.5 / width), min(1, width / 1.5 / height)
     for channel, kept in ((0, kept_wide), (1, kept_tall)):
         line = pixels[channel].mean(channel)  # along columns for red, along rows for green
@@ -55,14 +56,14 @@ def test_media_of_another_shape_are_cropped_around_their_centre(height: int, wid
 def test_a_fine_pattern_is_averaged_when_it_shrinks() -> None:
     stripes = np.zeros((1, 640, 960, 3), np.uint8)
     stripes[:, :, ::2] = 255
-    inner = prepare_media(stripes, 0, 1.0, make_plan()).pixels[..., 4:-4]
+    inner = prepare_media(stripes, 0, 1.0, make_plan().target).pixels[..., 4:-4]
     assert inner.abs().max() < 0.1
 
 
 def test_the_pad_is_that_of_the_clip_and_mid_grey() -> None:
     plan = make_plan(60, 91)
     white = np.full((1, 60, 91, 3), 255, np.uint8)
-    pixels = prepare_media(white, 0, 1.0, plan).pixels
+    pixels = prepare_media(white, 0, 1.0, plan.target).pixels
     assert pixels.shape[-2:] == (64, 96)
     inner = pixels[..., 2:62, 2:93]
     assert (inner == 1).all()
@@ -89,7 +90,7 @@ def place(vae: Any, *media: tuple[int, int, float]) -> Tokens:
     """Tokens of one row with random media of (frames, start, strength)."""
     plan, random = make_plan(), np.random.default_rng(0)
     items = [
-        prepare_media(random.integers(0, 256, (count, 64, 96, 3), dtype=np.uint8), start, strength, plan)
+        prepare_media(random.integers(0, 256, (count, 64, 96, 3), dtype=np.uint8), start, strength, plan.target)
         for count, start, strength in media
     ]
     with torch.inference_mode():
@@ -141,7 +142,7 @@ def test_extra_tokens_come_in_order_before_the_clip(vae: Any) -> None:
 
 
 def test_media_are_sampled_from_what_the_vae_says(vae: Any) -> None:
-    item = prepare_media(gradient(64, 96), 0, 1.0, make_plan())
+    item = prepare_media(gradient(64, 96), 0, 1.0, make_plan().target)
     distribution = vae.encode(item.pixels).latent_dist
     for level in (0.0, 2.0):
         found = encode_media([item], [lambda name, shape, level=level: torch.full(shape, level)], "x", vae)

@@ -14,12 +14,12 @@ from diffusers.pipelines.ltx import pipeline_ltx_condition
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import Image
 
-from ltx_batch.model.conditioning import prepare_media
 from ltx_batch.model.latents import from_tokens
 from ltx_batch.model.noise import row_noise
 from ltx_batch.model.pipeline import LtxPipeline, Row, Stopwatch
 from ltx_batch.model.pipeline_config import PipelineConfig
 from ltx_batch.model.plan import plan_request
+from ltx_batch.model.preprocess import prepare_media
 from ltx_batch.model.quantize.policy import precision
 from ltx_batch.request import Condition, RenderRequest
 from tests.tiny_checkpoint import LATENT_CHANNELS, write_tiny_checkpoint
@@ -77,7 +77,7 @@ def test_latents_equal_those_of_diffusers(
         prompt="a red circle", timesteps=SIGMAS, guidance_scale=guidance_scale, conditions=conditions, **sizes
     )
     plan = plan_request(request, PipelineConfig.model_validate({}), ours.scheduler)
-    items = tuple(prepare_media(c.media, c.start_frame, c.strength, plan) for c in conditions)
+    items = tuple(prepare_media(c.media, c.start_frame, c.strength, plan.target) for c in conditions)
     prompt, negative = ours.encode("a red circle"), ours.encode("blurry, and worse")
     drawn: list[tuple[str, torch.Tensor]] = []
 

@@ -36,8 +36,8 @@ def test_the_pad_is_centred_and_its_odd_pixel_lies_below() -> None:
     found = plan(height=60, width=90, num_frames=12)
     one = found.passes[0]
     assert (one.height, one.width, one.num_frames) == (64, 96, 17)
-    assert (found.pad_top, found.pad_left) == (2, 3)
-    assert (found.height, found.width, found.num_frames) == (60, 90, 12)
+    assert found.target.pads == (3, 3, 2, 2)
+    assert (found.target.height, found.target.width, found.target.num_frames) == (60, 90, 12)
 
 
 def test_tokens_are_those_of_the_official_grid() -> None:
