@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXVideoTransformer3DModel
+from diffusers.pipelines.ltx.modeling_latent_upsampler import LTXLatentUpsamplerModel
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
@@ -40,6 +41,7 @@ VAE: dict[str, Any] = {
     "spatial_compression_ratio": 32,
     "temporal_compression_ratio": 8,
 }
+UPSAMPLER: dict[str, Any] = {"in_channels": LATENT_CHANNELS, "mid_channels": 32, "num_blocks_per_stage": 1, "dims": 3}
 SCHEDULER: dict[str, Any] = {"shift": 1.0, "use_dynamic_shifting": False}
 
 
@@ -52,7 +54,7 @@ def write_tiny_checkpoint(
     vae: dict[str, Any] | None = None,
     scheduler: dict[str, Any] | None = None,
 ) -> Path:
-    """Write transformer/, vae/, text_encoder/, tokenizer/ and scheduler/ below `folder` and return it.
+    """Write transformer/, vae/, text_encoder/, latent_upsampler/, tokenizer/ and scheduler/ below `folder` and return it.
 
     The keyword dictionaries change single configuration values; `pipeline_config` is the text of pipeline_config.yaml.
     """
@@ -61,6 +63,7 @@ def write_tiny_checkpoint(
         LTXVideoTransformer3DModel(**{**TRANSFORMER, **(transformer or {})}).save_pretrained(folder / "transformer")
         _vae({**VAE, **(vae or {})}).save_pretrained(folder / "vae")
         _text_encoder().save_pretrained(folder / "text_encoder")
+        LTXLatentUpsamplerModel(**UPSAMPLER).save_pretrained(folder / "latent_upsampler")
     _tokenizer().save_pretrained(folder / "tokenizer")
     FlowMatchEulerDiscreteScheduler(**{**SCHEDULER, **(scheduler or {})}).save_pretrained(folder / "scheduler")
     if pipeline_config is not None:

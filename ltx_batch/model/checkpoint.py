@@ -27,6 +27,7 @@ EXPECTED = {
     "tokenizer": "a T5 tokenizer",
     "scheduler": "FlowMatchEulerDiscreteScheduler",
 }
+KINDS = {**EXPECTED, "latent_upsampler": "LTXLatentUpsamplerModel"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +39,7 @@ class Checkpoint:
     text_encoder: Any
     tokenizer: Any
     scheduler: SchedulerConfig
+    latent_upsampler: Any = None
 
 
 def load_checkpoint(folder: Path, dtype: torch.dtype, *, text_encoder: Path | None = None) -> Checkpoint:
@@ -56,6 +58,7 @@ def load_checkpoint(folder: Path, dtype: torch.dtype, *, text_encoder: Path | No
             text_encoder=_load_model("text_encoder", places["text_encoder"], dtype),
             tokenizer=_load_tokenizer(places["tokenizer"]),
             scheduler=SchedulerConfig.parse(_read(folder / SCHEDULER_FILE), source=str(folder / SCHEDULER_FILE)),
+            latent_upsampler=_load_upsampler(folder / "latent_upsampler", dtype),
         )
     _check_fit(found, folder)
     return found
@@ -70,12 +73,19 @@ def _check_layout(folder: Path, places: dict[str, Path]) -> None:
         )
 
 
+def _load_upsampler(place: Path, dtype: torch.dtype) -> Any:
+    """None where the folder has none: only multi-scale rendering needs it."""
+    if not place.is_dir():
+        return None
+    return _load_model("latent_upsampler", place, dtype)
+
+
 def _load_model(name: str, place: Path, dtype: torch.dtype) -> Any:
     config = _read_json(place / "config.json")
     kinds = [config.get("_class_name"), *config.get("architectures", [])]
-    if EXPECTED[name] not in kinds:
+    if KINDS[name] not in kinds:
         kind = next((kind for kind in kinds if kind), "no class name")
-        raise CheckpointError(f"{place} is not a {EXPECTED[name]}: its config.json says {kind}")
+        raise CheckpointError(f"{place} is not a {KINDS[name]}: its config.json says {kind}")
     if not list(place.glob("*.safetensors")):
         raise CheckpointError(
             f"{place} has no *.safetensors; it holds {_held(place)}. Pickled weights (.bin) are not read"
@@ -84,7 +94,7 @@ def _load_model(name: str, place: Path, dtype: torch.dtype) -> Any:
     try:
         model, notes = load(place, output_loading_info=True, use_safetensors=True, local_files_only=True, **options)
     except Exception as error:
-        raise CheckpointError(f"{place} cannot be loaded as {EXPECTED[name]}: {_first_line(error)}") from error
+        raise CheckpointError(f"{place} cannot be loaded as {KINDS[name]}: {_first_line(error)}") from error
     _check_keys(name, place, notes)
     return model.eval().requires_grad_(False)
 
@@ -93,9 +103,13 @@ def _loader(name: str, dtype: torch.dtype) -> tuple[Callable[..., Any], dict[str
     import diffusers
     import transformers
 
+    if name == "latent_upsampler":
+        from diffusers.pipelines.ltx.modeling_latent_upsampler import LTXLatentUpsamplerModel
+
+        return LTXLatentUpsamplerModel.from_pretrained, {"torch_dtype": dtype}
     if name == "text_encoder":
         return transformers.T5EncoderModel.from_pretrained, {"dtype": dtype}
-    return getattr(diffusers, EXPECTED[name]).from_pretrained, {"torch_dtype": dtype}
+    return getattr(diffusers, KINDS[name]).from_pretrained, {"torch_dtype": dtype}
 
 
 def _check_keys(name: str, place: Path, notes: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import interpolate
 
 from ltx_batch.model.latents import from_tokens, normalize, to_tokens, token_coords
 from ltx_batch.model.noise import Noise, draw_rows
@@ -42,10 +43,15 @@ def start_tokens(
     vae: Any,
     channels: int,
     frame_rate: float,
+    *,
+    begin: torch.Tensor | None = None,
 ) -> Tokens:
-    """Noise with each row's conditions placed in it. Rows have equally many items of equal frames, starts, strengths."""
+    """Noise, or `begin` (normalised latents fp32 [B, C, F, H, W]) at the pass's first noise level, with each row's
+    conditions placed in it. Rows have equally many items of equal frames, starts and strengths."""
     size, device = plan.latent_size, vae.device
     noise = draw_rows(noises, f"{plan.name}.init", (plan.tokens, channels), device)
+    if begin is not None:
+        noise = plan.sigmas[0] * noise + (1 - plan.sigmas[0]) * to_tokens(begin)
     coords = token_coords(size, start_frame=0, frame_rate=frame_rate, device=device)
     if not rows[0]:
         return Tokens(noise, coords)
@@ -54,7 +60,7 @@ def start_tokens(
     extra: list[Tokens] = []
     for index, items in enumerate(zip(*rows, strict=True)):
         start, strength = items[0].start_frame, items[0].strength
-        media = encode_media(items, noises, f"{plan.name}.vae_sample.{index}", vae)
+        media = encode_media([item.pixels for item in items], plan, noises, f"{plan.name}.vae_sample.{index}", vae)
         free = 0 if start == 0 else 1 if media.shape[2] == 1 else _PREFIX
         if media.shape[2] > free:
             # `free` latent frames at the front are not placed in the clip itself.
@@ -67,14 +73,26 @@ def start_tokens(
     return _join(extra, Tokens(to_tokens(latents), coords, strengths.flatten(1)))
 
 
-def encode_media(items: Sequence[ConditionItem], noises: Sequence[Noise], name: str, vae: Any) -> torch.Tensor:
-    """Normalised latents fp32 [B, C, F, H, W], sampled from what the VAE says of each row's media."""
+def encode_media(
+    media: Sequence[torch.Tensor], plan: PassPlan, noises: Sequence[Noise], name: str, vae: Any
+) -> torch.Tensor:
+    """Pixels fp32 [1, 3, F, H, W] of each row, brought to the pass's size, to normalised latents fp32 [B, C, F, H, W],
+    sampled from what the VAE says of them."""
     found = []
-    for item, noise in zip(items, noises, strict=True):
-        distribution = vae.encode(item.pixels.to(vae.device, vae.dtype)).latent_dist
+    for pixels, noise in zip(media, noises, strict=True):
+        sized = resize(pixels.to(vae.device), plan.height, plan.width)
+        distribution = vae.encode(sized.to(vae.dtype)).latent_dist
         mean, deviation = distribution.mean.float(), distribution.std.float()
         found.append(mean + deviation * noise(name, tuple(mean.shape)).to(vae.device))
     return normalize(torch.cat(found), vae)
+
+
+def resize(video: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """[1, C, F, H, W], frame by frame, bilinearly; pipeline_ltx_video.py, resize_tensor."""
+    if video.shape[-2:] == (height, width):
+        return video
+    frames = interpolate(video[0].transpose(0, 1), size=(height, width), mode="bilinear", align_corners=False)
+    return frames.transpose(0, 1).unsqueeze(0)
 
 
 def _extra_tokens(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from ltx_batch.model.conditioning import Tokens
 from ltx_batch.model.guidance import guided_velocity
 from ltx_batch.model.noise import Noise, draw_rows
+from ltx_batch.model.perturb import perturbed
 from ltx_batch.model.plan import PassPlan
 from ltx_batch.model.text import Text
 
@@ -34,6 +36,7 @@ def denoise_pass(
     latents = tokens.latents
     levels = None if tokens.strengths is None else 1.0 - tokens.strengths
     sigmas = torch.tensor([*plan.sigmas, 0.0], device=latents.device)
+    perturb = partial(perturbed, transformer, plan.stg_mode)
     for step, (sigma, guidance) in enumerate(zip(plan.sigmas, plan.guidance, strict=True)):
         latents = _stir(latents, tokens, sigma, step, plan, noises, image_cond_noise_scale)
         at = sigmas[step].view(1, 1) if levels is None else torch.minimum(sigmas[step], levels)
@@ -41,12 +44,33 @@ def denoise_pass(
         def predict(rows: torch.Tensor, text: Text, at: torch.Tensor = at) -> torch.Tensor:
             return _velocity(transformer, rows, text, at, tokens.coords)
 
-        velocity = guided_velocity(predict, latents, prompt, negative, guidance)
-        stepped = latents - (at - _next_sigma(at, sigmas)).unsqueeze(-1) * velocity
+        velocity = guided_velocity(predict, perturb, latents, prompt, negative, guidance)
+        stepped = _step(latents, velocity, at, sigmas, step, plan, noises)
         latents = (
             stepped if levels is None else torch.where((sigma - _EPSILON < levels).unsqueeze(-1), stepped, latents)
         )
     return latents[:, tokens.extra :]
+
+
+def _step(
+    latents: torch.Tensor,
+    velocity: torch.Tensor,
+    at: torch.Tensor,
+    sigmas: torch.Tensor,
+    step: int,
+    plan: PassPlan,
+    noises: Sequence[Noise],
+) -> torch.Tensor:
+    """Each token from its level to the next of `sigmas`; rf.py, RectifiedFlowScheduler.step.
+
+    Stochastic sampling goes to the clean latents and back up with fresh noise.
+    """
+    following = _next_sigma(at, sigmas)
+    if not plan.stochastic_sampling:
+        return latents - (at - following).unsqueeze(-1) * velocity
+    clean = latents - at.unsqueeze(-1) * velocity
+    noise = draw_rows(noises, f"{plan.name}.stochastic.{step}", tuple(latents.shape[1:]), latents.device)
+    return (1 - following.unsqueeze(-1)) * clean + following.unsqueeze(-1) * noise
 
 
 def _velocity(

@@ -1,14 +1,7 @@
 """Named noise: every draw of a row has a name, and depends on the row's seed and that name alone.
 
-Never on the device, the batch, the order of draws or the process that draws. Names of a single-pass render, and the
-shapes they are drawn in (always fp32, always one row):
-
-    pass1.init                      [1, tokens, channels]
-    pass1.vae_sample.<condition>    [1, channels, frames, height, width]   sampling the encoded condition
-    pass1.condition.<condition>     [1, channels, frames, height, width]   under a condition's extra tokens
-    pass1.condition_noise.<step>    [1, tokens, channels]                  on tokens of strength 1; extra tokens first
-    decode                          [1, channels, frames, height, width]
-    decode.inject                   [1]                                    only seeds the decoder of release 0.9.1
+Never on the device, the batch, the order of draws or the process that draws. docs/pipeline.md lists the names and the
+shapes they are drawn in, which are the official ones: always fp32, always one row.
 """
 
 from __future__ import annotations

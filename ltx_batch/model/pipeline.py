@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
 from ltx_batch.model.checkpoint import load_checkpoint
-from ltx_batch.model.conditioning import start_tokens
+from ltx_batch.model.conditioning import encode_media, start_tokens
 from ltx_batch.model.decode import decode_row
 from ltx_batch.model.denoise import denoise_pass
 from ltx_batch.model.latents import from_tokens
@@ -28,16 +26,29 @@ from ltx_batch.model.quantize.bnb import quantize_blocks, scale_bytes
 from ltx_batch.model.quantize.policy import Precision
 from ltx_batch.model.sigmas import SchedulerConfig
 from ltx_batch.model.text import Text, TextEncoder
+from ltx_batch.model.upsample import upsample_latents
+
+Frames = TypeVar("Frames")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What differs from clip to clip of a batch. `negative` may be None where the plan needs none."""
+    """What differs from clip to clip of a batch. `negative` may be None where the plan needs none. `media` is what video to
+    video begins from, pixels fp32 [1, 3, F, H, W] in [-1, 1] of the padded target, or None."""
 
     prompt: Text
     negative: Text | None
     conditions: tuple[ConditionItem, ...]
     noise: Noise
+    media: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered(Generic[Frames]):
+    """Normalised latents of each pass, fp32 [B, C, F, H, W], and each row's frames."""
+
+    latents: tuple[torch.Tensor, ...]
+    frames: tuple[Frames, ...]
 
 
 @dataclass(slots=True)
@@ -73,9 +84,10 @@ class LtxPipeline:
         self.scheduler: SchedulerConfig = parts.scheduler
         self.transformer = parts.transformer.to(device)
         self.vae = parts.vae.to(device)
+        self.latent_upsampler = None if parts.latent_upsampler is None else parts.latent_upsampler.to(device)
         self.text = TextEncoder(parts.tokenizer, parts.text_encoder.to(device), device)
-        modules = {"transformer": self.transformer, "vae": self.vae, "text_encoder": parts.text_encoder}
-        self.weights_bytes: Mapping[str, int] = {name: weights_bytes(module) for name, module in modules.items()}
+        modules = {name: getattr(parts, name) for name in ("transformer", "vae", "text_encoder", "latent_upsampler")}
+        self.weights_bytes: Mapping[str, int] = {name: weights_bytes(part) for name, part in modules.items() if part}
         self.ran = {
             "precision": policy.name,
             "device": device_name(device),
@@ -91,22 +103,47 @@ class LtxPipeline:
         return self.text.encode(text)
 
     @torch.inference_mode()
-    def render(self, plan: Plan, rows: Sequence[Row], watch: Stopwatch) -> list[NDArray[np.uint8]]:
-        """Frames uint8 [F, H, W, 3] of each row. Raises FloatingPointError where the latents are not finite."""
-        latents = self.run_pass(plan.passes[0], plan, rows, watch)
-        if not torch.isfinite(latents).all():
-            raise FloatingPointError(f"the latents are not finite after {plan.passes[0].name}; {self._advice()}")
+    def render(
+        self, plan: Plan, rows: Sequence[Row], watch: Stopwatch, finish: Callable[[torch.Tensor], Frames]
+    ) -> Rendered[Frames]:
+        """`finish` makes a row's frames of its video, fp32 [1, 3, F, H, W] in [-1, 1], before the next one is decoded.
+
+        Raises FloatingPointError where latents are not finite.
+        """
+        latents: list[torch.Tensor] = []
+        for one in plan.passes:
+            begin = self._begin(one, rows, watch) if not latents else self._raise(latents[-1], watch)
+            latents.append(self.run_pass(one, plan, rows, watch, begin=begin))
+            if not torch.isfinite(latents[-1]).all():
+                raise FloatingPointError(f"the latents are not finite after {one.name}; {self._advice()}")
         with watch.stage("decode"):
-            return [decode_row(self.vae, latents[i : i + 1], plan, row.noise) for i, row in enumerate(rows)]
+            found = latents[-1].split(1)
+            decoded = (decode_row(self.vae, one, plan, row.noise) for one, row in zip(found, rows, strict=True))
+            return Rendered(tuple(latents), tuple(finish(video) for video in decoded))
+
+    def _begin(self, first: PassPlan, rows: Sequence[Row], watch: Stopwatch) -> torch.Tensor | None:
+        """The latents that video to video begins from; a later pass goes on from the first pass's, not from these."""
+        media = [row.media for row in rows if row.media is not None]
+        if not media:
+            return None
+        with watch.stage("condition"):
+            name = f"{first.name}.vae_sample.input_media"
+            return encode_media(media, first, [row.noise for row in rows], name, self.vae)
+
+    def _raise(self, latents: torch.Tensor, watch: Stopwatch) -> torch.Tensor:
+        with watch.stage("upsample"):
+            return upsample_latents(self.latent_upsampler, latents, self.vae)
 
     @torch.inference_mode()
-    def run_pass(self, one: PassPlan, plan: Plan, rows: Sequence[Row], watch: Stopwatch) -> torch.Tensor:
-        """One denoise pass from noise: normalised latents fp32 [B, C, F, H, W]."""
+    def run_pass(
+        self, one: PassPlan, plan: Plan, rows: Sequence[Row], watch: Stopwatch, *, begin: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One denoise pass, from noise or from `begin`: normalised latents fp32 [B, C, F, H, W]."""
         noises = [row.noise for row in rows]
         with watch.stage("condition"):
             conditions = [row.conditions for row in rows]
             channels = self.transformer.config.in_channels
-            tokens = start_tokens(one, conditions, noises, self.vae, channels, plan.frame_rate)
+            tokens = start_tokens(one, conditions, noises, self.vae, channels, plan.frame_rate, begin=begin)
         with watch.stage("denoise"):
             prompt = Text.stack([row.prompt for row in rows])
             negative = Text.stack([row.negative for row in rows if row.negative]) if plan.needs_negative else None
@@ -116,7 +153,7 @@ class LtxPipeline:
 
     def close(self) -> None:
         """Give the memory back."""
-        del self.transformer, self.vae, self.text
+        del self.transformer, self.vae, self.text, self.latent_upsampler
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

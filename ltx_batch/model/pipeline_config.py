@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ltx_batch.errors import JobError
+from ltx_batch.model.presets import PRESETS
 from ltx_batch.storage import read_uri
 
 FILE_NAME = "pipeline_config.yaml"
 # A number, or a table with one entry for each of `guidance_timesteps`.
 Scale = float | tuple[float, ...]
+# A block, blocks, or a table of blocks.
+Blocks = int | tuple[int, ...] | tuple[tuple[int, ...], ...]
+STG_MODES = {
+    "attention_values": "attention_values",
+    "attention_skip": "attention_skip",
+    "residual": "residual",
+    "transformer_block": "transformer_block",
+    "stg_av": "attention_values",
+    "stg_as": "attention_skip",
+    "stg_r": "residual",
+    "stg_t": "transformer_block",
+}
+_TABLES = ("guidance_scale", "stg_scale", "rescaling_scale", "skip_block_list")
+_Entry = TypeVar("_Entry")
 
 
 def _check_falling(sigmas: Any) -> Any:
@@ -40,19 +58,29 @@ class PassConfig(BaseModel):
     guidance_timesteps: tuple[float, ...] | None = Field(
         None, description="the first entry at or below the current sigma picks from the tables"
     )
-    skip_block_list: int | tuple[int | tuple[int, ...], ...] | None = None
+    skip_block_list: Blocks | None = Field(None, description="blocks that spatio-temporal guidance perturbs")
     skip_initial_inference_steps: int = Field(0, ge=0)
     skip_final_inference_steps: int = Field(0, ge=0)
     cfg_star_rescale: bool = False
     tone_map_compression_ratio: float = Field(0.0, ge=0, le=1)
 
     def scale_at(self, table: Scale, sigma: float) -> float:
-        """The entry of `table` that holds at `sigma`; pipeline_ltx_video.py, guidance_mapping."""
-        if not isinstance(table, tuple):
-            return table
+        """The entry of `table` that holds at `sigma`."""
+        return self._entry(table, sigma) if isinstance(table, tuple) else table
+
+    def blocks_at(self, sigma: float) -> tuple[int, ...]:
+        """The blocks that are perturbed at `sigma`."""
+        blocks = self.skip_block_list
+        if blocks is None or isinstance(blocks, int):
+            return () if blocks is None else (blocks,)
+        table = _table(blocks)
+        return self._entry(table, sigma) if table is not None else blocks  # type: ignore[return-value]
+
+    def _entry(self, table: tuple[_Entry, ...], sigma: float) -> _Entry:
+        """pipeline_ltx_video.py, guidance_mapping; in float32, as there: 0.985 of a schedule must meet 0.985 of a table."""
         starts = self.guidance_timesteps or ()
-        index = next((i for i, start in enumerate(starts) if start <= sigma), len(starts) - 1)
-        return table[index]
+        level = np.float32(sigma)
+        return table[next((i for i, start in enumerate(starts) if np.float32(start) <= level), len(starts) - 1)]
 
 
 class PipelineConfig(PassConfig):
@@ -60,13 +88,11 @@ class PipelineConfig(PassConfig):
 
     pipeline_type: Literal["base", "multi-scale"] = "base"
     checkpoint_path: str | None = None
-    downscale_factor: float = 0.6666666
+    downscale_factor: float = Field(0.6666666, gt=0, le=1)
     spatial_upscaler_model_path: str | None = None
     first_pass: PassConfig | None = None
     second_pass: PassConfig | None = None
-    stg_mode: Literal[
-        "attention_values", "attention_skip", "residual", "transformer_block", "stg_av", "stg_as", "stg_r", "stg_t"
-    ] = "attention_values"
+    stg_mode: Literal["attention_values", "attention_skip", "residual", "transformer_block"] = "attention_values"
     decode_timestep: float = Field(0.05, ge=0, le=1)
     decode_noise_scale: float | None = Field(0.025, ge=0, le=1, description="None: decode_timestep")
     image_cond_noise_scale: float = Field(0.15, ge=0)
@@ -77,6 +103,46 @@ class PipelineConfig(PassConfig):
     prompt_enhancement_words_threshold: int = 0
     prompt_enhancer_image_caption_model_name_or_path: str | None = None
     prompt_enhancer_llm_model_name_or_path: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_stg_mode(cls, data: Any) -> Any:
+        """The official short names of the four modes, in any case; ltx_video/inference.py, infer."""
+        mode = data.get("stg_mode") if isinstance(data, dict) else None
+        return {**data, "stg_mode": STG_MODES.get(mode.lower(), mode)} if isinstance(mode, str) else data
+
+    @model_validator(mode="after")
+    def _check_passes(self) -> PipelineConfig:
+        if self.pipeline_type == "multi-scale" and None in (self.first_pass, self.second_pass):
+            raise ValueError("a multi-scale pipeline needs both first_pass and second_pass")
+        for one in self.passes:
+            starts = len(one.guidance_timesteps or ())
+            for name in _TABLES:
+                entries = _table(getattr(one, name))
+                if entries is not None and len(entries) != starts:
+                    raise ValueError(f"{name} has {len(entries)} entries, and guidance_timesteps has {starts}")
+        return self
+
+    @property
+    def passes(self) -> tuple[PassConfig, ...]:
+        """What each pass does. In a multi-scale pipeline a key of the pass wins over the same key beside the passes
+        (pipeline_ltx_video.py, LTXMultiScalePipeline)."""
+        if self.pipeline_type == "base":
+            return (self,)
+        shared = {name: getattr(self, name) for name in self.model_fields_set & PassConfig.model_fields.keys()}
+        given = [one.model_dump(exclude_unset=True) for one in (self.first_pass, self.second_pass) if one is not None]
+        return tuple(PassConfig.model_validate({**shared, **values}) for values in given)
+
+    def resolve_precision(self) -> str:
+        """The project's name for the precision that the file asks for."""
+        return {"bfloat16": "bf16", "float8_e4m3fn": "fp8", "mixed_precision": "mixed"}[self.precision]
+
+
+def _table(value: Any) -> tuple[Any, ...] | None:
+    """`value` where it is a table: numbers for a scale, tuples for blocks."""
+    if isinstance(value, tuple) and value and (isinstance(value[0], tuple | float)):
+        return value
+    return None
 
 
 def check_sigmas(sigmas: Any) -> None:
@@ -97,23 +163,41 @@ def check_sigmas(sigmas: Any) -> None:
 def load_pipeline_config(
     named: str | None, folder: Path | None = None, *, options: Mapping[str, Any] | None = None
 ) -> PipelineConfig:
-    """The config at `named` (path or URI); else the one in the checkpoint's `folder`; else the official base defaults.
+    """The config of that name: a preset, a path or a URI; else the one in the checkpoint's `folder`; else the official
+    base defaults.
 
-    Raises JobError with every fault at once: an unreadable file, unknown keys (the nearest is named), wrong values,
-    and what is not built yet.
+    Raises JobError with every fault at once: an unreadable file, unknown keys (the nearest is named), wrong values.
     """
     if named is None:
         beside = folder / FILE_NAME if folder is not None else None
         if beside is None or not beside.is_file():
             return PipelineConfig.model_validate({})
         named = str(beside)
+    if named in PRESETS:
+        return PipelineConfig.model_validate(dict(PRESETS[named]))
     try:
-        data = yaml.safe_load(read_uri(named, options))
-    except FileNotFoundError:
-        raise JobError(f"no pipeline config at {named}; give the path or URI of an official YAML file") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        data = yaml.safe_load(_read(named, options))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise JobError(f"the pipeline config {named} cannot be read: {error}") from None
     return parse_pipeline_config(data, source=named)
+
+
+def pipeline_config_sha256(named: str, options: Mapping[str, Any] | None = None) -> str:
+    """Of the file's bytes, or of a preset's values. Raises JobError where there is no such config."""
+    if named in PRESETS:
+        return hashlib.sha256(json.dumps(PRESETS[named], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_read(named, options)).hexdigest()
+
+
+def _read(named: str, options: Mapping[str, Any] | None) -> bytes:
+    try:
+        return read_uri(named, options)
+    except FileNotFoundError:
+        close = difflib.get_close_matches(named, PRESETS, n=1)
+        meant = f"; did you mean {close[0]}?" if close else f"; presets are {', '.join(PRESETS)}"
+        raise JobError(f"no pipeline config at {named}: give the path or URI of an official YAML file{meant}") from None
+    except OSError as error:
+        raise JobError(f"the pipeline config {named} cannot be read: {error}") from None
 
 
 def parse_pipeline_config(data: Any, *, source: str) -> PipelineConfig:
@@ -121,44 +205,27 @@ def parse_pipeline_config(data: Any, *, source: str) -> PipelineConfig:
     if not isinstance(data, dict):
         raise JobError(f"{source} must hold a mapping of keys such as guidance_scale and timesteps")
     try:
-        config = PipelineConfig.model_validate(data)
+        return PipelineConfig.model_validate(data)
     except ValidationError as error:
         # pydantic reports a union once for each of its members; one line a key is enough.
-        faults = {
-            ".".join(map(str, fault["loc"][: 2 if fault["loc"][0] in _PASSES else 1])): fault
-            for fault in error.errors()
-        }
+        faults = {_where(fault["loc"]): fault for fault in error.errors()}
         lines = [f"  {where}: {_describe(fault)}" for where, fault in faults.items()]
         raise JobError("\n".join([f"{source} has {len(lines)} fault(s):", *lines])) from None
-    unbuilt = _unbuilt(config)
-    if unbuilt:
-        raise JobError(
-            f"{source} asks for what is not built yet: {', '.join(unbuilt)}; base pipelines with plain guidance work"
-        )
-    return config
 
 
 _PASSES = ("first_pass", "second_pass")
 
 
+def _where(loc: tuple[int | str, ...]) -> str:
+    """The key of a fault, as it is written in the file; a fault of the file as a whole has none."""
+    return ".".join(map(str, loc[: 2 if loc and loc[0] in _PASSES else 1])) or "as a whole"
+
+
 def _describe(fault: Any) -> str:
+    if fault["type"] == "value_error":
+        return str(fault["msg"]).removeprefix("Value error, ")
     if fault["type"] != "extra_forbidden":
         return f"{fault['msg']} (found {fault['input']!r})"
     keys = (PassConfig if fault["loc"][0] in _PASSES else PipelineConfig).model_fields
     close = difflib.get_close_matches(str(fault["loc"][-1]), keys, n=1, cutoff=0.5)
     return "unknown key" + (f"; did you mean {close[0]}?" if close else "")
-
-
-def _unbuilt(config: PipelineConfig) -> list[str]:
-    stg = config.stg_scale if isinstance(config.stg_scale, tuple) else (config.stg_scale,)
-    asked = {
-        "pipeline_type: multi-scale": config.pipeline_type == "multi-scale",
-        "stg_scale above 0": max(stg) > 0,
-        "cfg_star_rescale": config.cfg_star_rescale,
-        "skip_initial_inference_steps": config.skip_initial_inference_steps > 0,
-        "skip_final_inference_steps": config.skip_final_inference_steps > 0,
-        "tone_map_compression_ratio": config.tone_map_compression_ratio > 0,
-        "stochastic_sampling": config.stochastic_sampling,
-        f"precision: {config.precision}": config.precision != "bfloat16",
-    }
-    return [what for what, wanted in asked.items() if wanted]

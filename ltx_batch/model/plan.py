@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
+
 from ltx_batch.errors import InvalidRow
-from ltx_batch.model.pipeline_config import PipelineConfig, check_sigmas
+from ltx_batch.model.pipeline_config import PassConfig, PipelineConfig, check_sigmas
 from ltx_batch.model.sigmas import SchedulerConfig, make_sigmas
 from ltx_batch.request import RenderRequest
 
@@ -16,14 +19,30 @@ TEMPORAL = 8
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
-    """How the transformer is asked at one step. A scale of 1 needs no negative prompt."""
+    """How the transformer is asked at one step, and how its answers are blended.
+
+    A `guidance_scale` above 1 asks for the negative prompt too, an `stg_scale` above 0 once more for the prompt, with
+    attention disturbed in `skip_blocks`. `rescaling_scale` below 1 pulls the blend back to the deviation of the plain answer.
+    """
 
     guidance_scale: float = 1.0
+    stg_scale: float = 0.0
+    rescaling_scale: float = 1.0
+    cfg_star_rescale: bool = False
+    skip_blocks: tuple[int, ...] = ()
+
+    @property
+    def negative(self) -> bool:
+        return self.guidance_scale > 1
+
+    @property
+    def perturbed(self) -> bool:
+        return self.stg_scale > 0
 
     @property
     def rows(self) -> int:
         """Rows of the transformer's batch for each clip."""
-        return 2 if self.guidance_scale > 1 else 1
+        return 1 + self.negative + self.perturbed
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +55,8 @@ class PassPlan:
     num_frames: int
     sigmas: tuple[float, ...]
     guidance: tuple[Guidance, ...]
+    stg_mode: str = "attention_values"
+    stochastic_sampling: bool = False
 
     @property
     def latent_size(self) -> tuple[int, int, int]:
@@ -51,6 +72,11 @@ class PassPlan:
     def calls(self) -> int:
         """Calls of the transformer."""
         return len(self.sigmas)
+
+    @property
+    def row_forwards(self) -> int:
+        """Rows of all calls for one clip: what the calls cost."""
+        return sum(guidance.rows for guidance in self.guidance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +111,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a request will do. The clip is decoded at the last pass's size and cropped to the target."""
+    """What a request will do. The clip is decoded at the last pass's size, brought to the target's padded size and cropped."""
 
     passes: tuple[PassPlan, ...]
     target: Target
@@ -93,10 +119,11 @@ class Plan:
     image_cond_noise_scale: float
     decode_timestep: float
     decode_noise_scale: float
+    tone_map_compression_ratio: float = 0.0
 
     @property
     def needs_negative(self) -> bool:
-        return any(guidance.rows > 1 for one in self.passes for guidance in one.guidance)
+        return any(guidance.negative for one in self.passes for guidance in one.guidance)
 
 
 def latent_size(num_frames: int, height: int, width: int) -> tuple[int, int, int]:
@@ -120,19 +147,78 @@ def plan_request(request: RenderRequest, config: PipelineConfig, scheduler: Sche
     """
     check_request(request)
     target = Target(request.height, request.width, request.num_frames)
-    height, width, num_frames = target.padded_height, target.padded_width, target.padded_frames
-    frames, rows, columns = latent_size(num_frames, height, width)
-    sigmas = _sigmas(request, config, scheduler, tokens=frames * rows * columns)
-    guidance = tuple(Guidance(_or(request.guidance_scale, config.scale_at(config.guidance_scale, s))) for s in sigmas)
+    sizes = _pass_sizes(target, config)
+    passes = tuple(
+        _plan_pass(f"pass{number}", size, target.padded_frames, request, one, config, scheduler)
+        for number, (size, one) in enumerate(zip(sizes, config.passes, strict=True), start=1)
+    )
+    _check_start(request, passes[0], config.passes[0])
     decode_timestep = _or(request.decode_timestep, config.decode_timestep)
     default_noise = decode_timestep if config.decode_noise_scale is None else config.decode_noise_scale
     return Plan(
-        passes=(PassPlan("pass1", height, width, num_frames, sigmas, guidance),),
+        passes=passes,
         target=target,
         frame_rate=request.frame_rate,
         image_cond_noise_scale=_or(request.image_cond_noise_scale, config.image_cond_noise_scale),
         decode_timestep=decode_timestep,
         decode_noise_scale=_or(request.decode_noise_scale, default_noise),
+        tone_map_compression_ratio=config.passes[-1].tone_map_compression_ratio,
+    )
+
+
+def _pass_sizes(target: Target, config: PipelineConfig) -> list[tuple[int, int]]:
+    """Height and width of each pass. A second pass is twice the first, which is rounded down to the latents' grid.
+
+    pipeline_ltx_video.py, LTXMultiScalePipeline.
+    """
+    height, width = target.padded_height, target.padded_width
+    if config.pipeline_type == "base":
+        return [(height, width)]
+    low = tuple(int(side * config.downscale_factor) // SPATIAL * SPATIAL for side in (height, width))
+    if 0 in low:
+        least = math.ceil(SPATIAL / config.downscale_factor)
+        raise InvalidRow(
+            f"{target.height}x{target.width} is too small for a multi-scale pipeline: its first pass runs at "
+            f"{config.downscale_factor:.3g} of the size; take at least {pad_size(least)}x{pad_size(least)}"
+        )
+    return [(low[0], low[1]), (2 * low[0], 2 * low[1])]
+
+
+def _plan_pass(
+    name: str,
+    size: tuple[int, int],
+    num_frames: int,
+    request: RenderRequest,
+    one: PassConfig,
+    config: PipelineConfig,
+    scheduler: SchedulerConfig,
+) -> PassPlan:
+    frames, rows, columns = latent_size(num_frames, *size)
+    sigmas = _sigmas(request, one, config, scheduler, tokens=frames * rows * columns)
+    return PassPlan(
+        name=name,
+        height=size[0],
+        width=size[1],
+        num_frames=num_frames,
+        sigmas=sigmas,
+        guidance=tuple(_guidance(request, one, sigma) for sigma in sigmas),
+        stg_mode=config.stg_mode,
+        stochastic_sampling=config.stochastic_sampling,
+    )
+
+
+def _guidance(request: RenderRequest, one: PassConfig, sigma: float) -> Guidance:
+    stg_scale = _or(request.stg_scale, one.scale_at(one.stg_scale, sigma))
+    if stg_scale > 0 and one.skip_block_list is None:
+        raise InvalidRow(
+            f"stg_scale {stg_scale:g} needs skip_block_list in the pipeline config: which blocks to perturb"
+        )
+    return Guidance(
+        guidance_scale=_or(request.guidance_scale, one.scale_at(one.guidance_scale, sigma)),
+        stg_scale=stg_scale,
+        rescaling_scale=one.scale_at(one.rescaling_scale, sigma),
+        cfg_star_rescale=one.cfg_star_rescale,
+        skip_blocks=one.blocks_at(sigma),
     )
 
 
@@ -150,10 +236,6 @@ def check_request(request: RenderRequest) -> None:
             raise InvalidRow(str(error)) from None
     if request.num_inference_steps is not None and request.num_inference_steps < 1:
         raise InvalidRow(f"num_inference_steps must be at least 1, found {request.num_inference_steps}")
-    if (request.stg_scale or 0) > 0:
-        raise InvalidRow("spatio-temporal guidance is not built yet: leave stg_scale out, or set it to 0")
-    if request.input_media is not None:
-        raise InvalidRow("input_media (video to video) is not built yet: use conditions")
     for condition in request.conditions:
         if not 0 <= condition.start_frame < request.num_frames:
             raise InvalidRow(
@@ -164,15 +246,55 @@ def check_request(request: RenderRequest) -> None:
 
 
 def _sigmas(
-    request: RenderRequest, config: PipelineConfig, scheduler: SchedulerConfig, *, tokens: int
+    request: RenderRequest, one: PassConfig, config: PipelineConfig, scheduler: SchedulerConfig, *, tokens: int
 ) -> tuple[float, ...]:
-    """The row's timesteps, else its steps, else the config's timesteps, else its steps."""
+    """The row's timesteps, else its steps, else the config's timesteps, else its steps.
+
+    Steps that are skipped are cut from a schedule that was made, never from one that was given; pipeline_ltx_video.py,
+    retrieve_timesteps.
+    """
+    multi_scale = config.pipeline_type == "multi-scale"
     if request.timesteps is not None:
-        return tuple(request.timesteps)
-    if request.num_inference_steps is None and config.timesteps is not None:
-        return config.timesteps
-    steps = request.num_inference_steps or config.num_inference_steps
-    return make_sigmas(config.sampler, steps, tokens, scheduler)
+        if multi_scale:
+            raise InvalidRow(
+                "timesteps of a row cannot serve both passes of a multi-scale pipeline: set them in its config"
+            )
+        return _allowed(request.timesteps, scheduler)
+    if one.timesteps is not None and (request.num_inference_steps is None or multi_scale):
+        if request.num_inference_steps is not None:
+            raise InvalidRow(
+                "num_inference_steps of a row cannot replace the timesteps of a multi-scale pipeline's passes"
+            )
+        return _allowed(one.timesteps, scheduler)
+    steps = request.num_inference_steps or one.num_inference_steps
+    first, last = one.skip_initial_inference_steps, one.skip_final_inference_steps
+    if first + last >= steps:
+        raise InvalidRow(
+            f"of {steps} inference steps {first} at the start and {last} at the end are skipped: none is left"
+        )
+    return _allowed(make_sigmas(config.sampler, steps, tokens, scheduler)[first : steps - last], scheduler)
+
+
+def _allowed(sigmas: tuple[float, ...], scheduler: SchedulerConfig) -> tuple[float, ...]:
+    """Compared to four digits, as the official pipeline does, whose configs give no more."""
+    allowed = scheduler.allowed_inference_steps
+    foreign = [] if allowed is None else [s for s in sigmas if round(float(np.float32(s)), 4) not in allowed]
+    if foreign:
+        raise InvalidRow(
+            f"this checkpoint was distilled for the timesteps {', '.join(f'{s:g}' for s in allowed or ())} alone, found {foreign[0]:g}"
+        )
+    return sigmas
+
+
+def _check_start(request: RenderRequest, first: PassPlan, config: PassConfig) -> None:
+    """pipeline_ltx_video.py, prepare_latents and __call__, assert the same."""
+    if request.input_media is not None and first.sigmas[0] >= 1:
+        raise InvalidRow(
+            "input_media would be drowned in noise: the first timestep is 1. Begin lower, with "
+            "skip_initial_inference_steps or timesteps"
+        )
+    if request.input_media is None and config.skip_initial_inference_steps and first.sigmas[0] < 1:
+        raise InvalidRow("skip_initial_inference_steps needs input_media (video to video) to begin from")
 
 
 def _or(value: float | None, default: float) -> float:

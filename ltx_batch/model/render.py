@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from ltx_batch.clip import Clip
+from ltx_batch.model.decode import to_uint8
 from ltx_batch.model.noise import row_noise
 from ltx_batch.model.pipeline import LtxPipeline, Row, Stopwatch
 from ltx_batch.model.plan import Plan
@@ -60,5 +61,6 @@ def _render_alike(pipeline: LtxPipeline, plan: Plan, rows: Sequence[Row], watch:
     frames: dict[int, NDArray[np.uint8]] = {}
     for _, group in groupby(sorted(range(len(rows)), key=layout), key=layout):
         alike = list(group)
-        frames |= dict(zip(alike, pipeline.render(plan, [rows[i] for i in alike], watch), strict=True))
+        rendered = pipeline.render(plan, [rows[i] for i in alike], watch, finish=lambda video: to_uint8(video)[0])
+        frames |= dict(zip(alike, rendered.frames, strict=True))
     return [frames[i] for i in range(len(rows))]

@@ -12,7 +12,11 @@ from ltx_batch.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """The part of a checkpoint's scheduler/scheduler_config.json that shapes the sigmas (names of diffusers)."""
+    """The part of a checkpoint's scheduler/scheduler_config.json that shapes the sigmas (names of diffusers).
+
+    `allowed_inference_steps`, from the metadata of an official file, are the only sigmas that a distilled checkpoint was
+    trained for; None where it takes any.
+    """
 
     shift: float = 1.0
     use_dynamic_shifting: bool = False
@@ -21,6 +25,7 @@ class SchedulerConfig:
     base_image_seq_len: int = 256
     max_image_seq_len: int = 4096
     shift_terminal: float | None = None
+    allowed_inference_steps: tuple[float, ...] | None = None
 
     @classmethod
     def parse(cls, text: bytes, *, source: str) -> SchedulerConfig:
