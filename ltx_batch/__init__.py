@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ltx_batch.clip import Clip
-from ltx_batch.request import Condition, RenderRequest
+from ltx_batch.request import Condition, LoraRef, RenderRequest
 
 if TYPE_CHECKING:
     from ltx_batch.renderer import load_renderer
 
 __version__ = "0.1.0"
-__all__ = ["Clip", "Condition", "RenderRequest", "load_renderer"]
+__all__ = ["Clip", "Condition", "LoraRef", "RenderRequest", "load_renderer"]
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@
     │   └── StorageRefused    an output that cannot keep the ledger's promises
     ├── RowError              one row; the others go on (exit code 1 at the end)
     │   ├── MediaError        conditioning media that is missing, unreadable or not what was hashed
+    │   ├── LoraError         a LoRA file that is missing, unreadable, not what was hashed, or not of this model
     │   ├── InvalidRow        a manifest row that breaks a rule (only with --skip-invalid)
     │   ├── EncodeError       the video could not be written
     │   ├── RowTimeout        the row made no progress for too long
@@ -94,6 +95,10 @@ class RowError(LtxBatchError):
 
 
 class MediaError(RowError):
+    retryable = False
+
+
+class LoraError(RowError):
     retryable = False
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 # Defaults of the official inference script (Lightricks/LTX-Video, ltx_video/inference.py, InferenceConfig).
 DEFAULT_NEGATIVE_PROMPT = "worst quality, inconsistent motion, blurry, jittery, distorted"
 DEFAULT_SEED = 171198
+MAX_WEIGHT = 3.4e38  # of a LoRA: what float32 holds
 
 Media = str | Path | NDArray[np.uint8]
 
@@ -32,6 +34,45 @@ class Condition:
     start_frame: int = 0
     strength: float = 1.0
     media_sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRef:
+    """A LoRA file and how much of it: the model's weights become W + weight * alpha / rank * B @ A.
+
+    `path` is a path or URI of a safetensors file, `sha256` the hash of its bytes where it is known; a worker refuses a
+    file whose bytes differ. `data` are those bytes, where a worker has fetched them ahead.
+    """
+
+    path: str | Path
+    weight: float = 1.0
+    sha256: str | None = None
+    data: bytes | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def weight32(self) -> float:
+        """The weight that is computed with and stands in the key: the nearest float32."""
+        return float(np.float32(self.weight))
+
+
+def parse_lora(text: str) -> LoraRef:
+    """`PATH` or `PATH:WEIGHT`, as manifests, job files and the command line write it. Raises ValueError.
+
+    What follows a colon behind the last slash is the weight, so a file with a colon in its own name needs one.
+    """
+    folder, slash, name = text.rpartition("/")
+    name, colon, weight = name.rpartition(":") if ":" in name else (name, "", "1")
+    if not name.strip():
+        raise ValueError("names no file: write it as PATH or PATH:WEIGHT")
+    try:
+        number = float(weight)
+    except ValueError:
+        number = math.nan
+    if not abs(number) <= MAX_WEIGHT:  # so that NaN is wrong too
+        raise ValueError(
+            f"{weight!r} is no weight: behind the colon belongs a finite number, as in style.safetensors:0.8"
+        )
+    return LoraRef(folder + slash + name, number)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +100,13 @@ class RenderRequest:
     decode_noise_scale: float | None = None
     conditions: tuple[Condition, ...] = ()
     input_media: Condition | None = None
+    loras: tuple[LoraRef, ...] = ()
+
+    @property
+    def lora_set(self) -> tuple[LoraRef, ...]:
+        """The LoRA files that have a weight, in an order of their own: how a row lists them changes nothing."""
+        counted = (lora for lora in self.loras if lora.weight32 != 0)
+        return tuple(sorted(counted, key=lambda lora: (lora.sha256 or str(lora.path), lora.weight32)))
 
     def key(self, recipe: Mapping[str, Any]) -> str:
         """sha256 (hex) of all that changes the video: this request and the job's `recipe`.
@@ -71,7 +119,8 @@ class RenderRequest:
         return hashlib.sha256(text.encode()).hexdigest()
 
     def batch_key(self) -> tuple[Any, ...]:
-        """What must be equal for requests to share one forward pass: shape, rate, schedule, guidance, condition layout."""
+        """What must be equal for requests to share one forward pass: shape, rate, schedule, guidance, condition layout,
+        and the weights themselves."""
         layout = tuple((c.start_frame, canonical(c.strength)) for c in self.conditions)
         timesteps = None if self.timesteps is None else tuple(canonical(self.timesteps))
         return (
@@ -80,18 +129,24 @@ class RenderRequest:
             *(canonical(self.stg_scale), canonical(self.image_cond_noise_scale)),
             *(canonical(self.decode_timestep), canonical(self.decode_noise_scale)),
             *(layout, self.input_media is not None),
+            tuple((lora.sha256 or str(lora.path), lora.weight32) for lora in self.lora_set),
         )
 
     def _canonical(self) -> dict[str, Any]:
-        return {f.name: canonical(getattr(self, f.name)) for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return canonical({**values, "loras": self.lora_set})
 
 
 def canonical(value: Any) -> Any:
     """`value` as JSON material that does not depend on how it was written.
 
     Floats go through float32's shortest form and whole ones become ints, so that a float32 column, a float64 column
-    and a YAML `30` agree; media count by the hash of their bytes, never by path.
+    and a YAML `30` agree; media and LoRA files count by the hash of their bytes, never by path.
     """
+    if isinstance(value, LoraRef):
+        if value.sha256 is None:
+            raise ValueError(f"the LoRA file {value.path} must be hashed before its request has a key")
+        return [value.sha256, canonical(value.weight32)]
     if isinstance(value, Condition):
         return [media_sha256(value), value.start_frame, canonical(value.strength)]
     if isinstance(value, float | np.floating):
