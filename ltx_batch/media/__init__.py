@@ -1,6 +1,7 @@
-"""Conditioning media in, videos out. The one door to ffmpeg."""
+"""Conditioning media in, videos and pictures out. The one door to ffmpeg."""
 
 from ltx_batch.media.read import read_media
+from ltx_batch.media.roundtrip import compress_frames
 from ltx_batch.media.write import write_video
 
-__all__ = ["read_media", "write_video"]
+__all__ = ["compress_frames", "read_media", "write_video"]

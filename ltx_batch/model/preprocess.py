@@ -1,4 +1,9 @@
-"""Conditioning media as uint8 frames to what the passes take: trimmed, cropped, padded as the clip is padded."""
+"""Conditioning and input media as uint8 frames to what the passes take.
+
+`none` brings media to the clip's size and changes nothing else. `official` does what LTX-Video's own script does
+(ltx_video/inference.py, load_media_file, load_image_to_tensor_with_resize_and_crop): every frame is cropped, blurred and
+passed through H.264, and conditions stay as large as their file, so that each pass resizes them once.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.nn.functional import interpolate, pad
+from PIL import Image
+from torch.nn.functional import conv2d, interpolate, pad
 
-from ltx_batch.errors import InvalidRow, MediaError
-from ltx_batch.model.plan import TEMPORAL, Target
+from ltx_batch.errors import MediaError
+from ltx_batch.media import compress_frames
+from ltx_batch.model.frames import take_condition, take_input
+from ltx_batch.model.plan import Target
+
+Frames = NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,39 +33,111 @@ class ConditionItem:
     strength: float
 
 
-def prepare_media(frames: NDArray[np.uint8], start_frame: int, strength: float, target: Target) -> ConditionItem:
-    """Trim uint8 RGB [F, H, W, 3] to what fits the clip, bring it to the clip's size, and pad it as the clip is padded.
+def prepare_media(
+    frames: Frames, start_frame: int, strength: float, target: Target, preprocess: str = "none"
+) -> ConditionItem:
+    """Conditioning media, uint8 RGB [F, H, W, 3], trimmed to what fits the clip, cropped to its shape, and padded as it is.
 
-    Media of another shape are cropped around their centre, never stretched. Raises MediaError or InvalidRow.
+    `preprocess` none: resized to the clip's size first. official: blurred and compressed at the size of the file, which
+    they keep, and padded with the clip's pads at that size. Raises MediaError or InvalidRow.
     """
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
+    taken = take_condition(frames, start_frame, target.num_frames)
+    if preprocess == "official":
+        pixels = pad(_to_pixels(_degrade(_crop(taken, target))), target.pads)
+    else:
+        pixels = _pad_to(_fit(taken, target), target)
+    return ConditionItem(_to_video(pixels), start_frame, strength)
+
+
+def prepare_input_media(frames: Frames, target: Target, preprocess: str) -> torch.Tensor:
+    """What video to video begins from: fp32 [1, 3, F, H, W] in [-1, 1] of the target's padded size and frames.
+
+    uint8 RGB [F, H, W, 3] are cropped to the clip's shape, resized to its size (Pillow's bicubic, as in the official
+    script), with `official` blurred and compressed at that size, and padded. Raises MediaError where frames are too few.
+    """
+    sized = _resize(_crop(take_input(frames, target.num_frames), target), target)
+    if preprocess == "official":
+        sized = _degrade(sized)
+    return _to_video(_pad_to(_to_pixels(sized), target))
+
+
+# official, frame by frame
+
+
+def crop_box(height: int, width: int, target: Target) -> tuple[int, int, int, int]:
+    """Left, top, width and height of the largest centred part with the target's shape, rounded as the official code does."""
+    aspect = target.width / target.height
+    if width / height > aspect:
+        kept = int(height * aspect)
+        return (width - kept) // 2, 0, kept, height
+    kept = int(width / aspect)
+    return 0, (height - kept) // 2, width, kept
+
+
+def _crop(frames: Frames, target: Target) -> Frames:
+    height, width = frames.shape[1:3]
+    left, top, wide, tall = crop_box(height, width, target)
+    if min(wide, tall) < 2:
         raise MediaError(
-            f"conditioning media must be uint8 RGB [F, H, W, 3], found {frames.dtype} {list(frames.shape)}"
+            f"media of {width}x{height} pixels leave {wide}x{tall} when cropped to the shape of {target.width}x{target.height}"
         )
-    count = trimmed_frames(len(frames), start_frame, target.num_frames)
-    if count > 1 and start_frame % TEMPORAL:
-        raise InvalidRow(f"a conditioning video must start at a multiple of {TEMPORAL}, found frame {start_frame}")
-    pixels = torch.from_numpy(np.ascontiguousarray(frames[:count])).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-    pixels = _fit(_crop(pixels, target.height / target.width), target.height, target.width)
-    pixels = pad(pixels, target.pads)
-    return ConditionItem(pixels.transpose(0, 1).unsqueeze(0), start_frame, strength)
+    return frames[:, top : top + tall, left : left + wide]
 
 
-def trimmed_frames(available: int, start_frame: int, num_frames: int) -> int:
-    """The most frames of the form 8k + 1 that are there and fit; pipeline_ltx_video.py, trim_conditioning_sequence."""
-    return (min(available, num_frames - start_frame) - 1) // TEMPORAL * TEMPORAL + 1
+def _resize(frames: Frames, target: Target) -> Frames:
+    size = (target.width, target.height)
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BICUBIC)) for frame in frames])
 
 
-def _crop(pixels: torch.Tensor, aspect: float) -> torch.Tensor:
-    """The largest centred part of [F, 3, H, W] whose height over width is `aspect`."""
+def _degrade(frames: Frames) -> Frames:
+    """Blurred a little and compressed, as the videos were that the model learnt from; odd sizes lose their last line."""
+    return compress_frames(np.stack([_blur(frame) for frame in frames]))
+
+
+def _blur(frame: Frames) -> Frames:
+    """uint8 [H, W, 3]: 3x3 Gaussian, sigma 1, borders mirrored, cut to uint8 (crf_compressor.py does that, with .byte()).
+
+    torchvision, transforms/_functional_tensor.py, gaussian_blur. Frame by frame in float32 as there: fractions that are
+    nearly whole are cut to another value by any other order of sums.
+    """
+    line = torch.exp(-0.5 * torch.linspace(-1.0, 1.0, steps=3).pow(2))
+    line = line / line.sum()
+    kernel = torch.mm(line[:, None], line[None, :]).expand(3, 1, 3, 3)
+    pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1).contiguous().float().div(255)
+    blurred = conv2d(pad(pixels[None], (1, 1, 1, 1), mode="reflect"), kernel, groups=3)
+    return (blurred[0].permute(1, 2, 0) * 255.0).byte().numpy()
+
+
+def _to_pixels(frames: Frames) -> torch.Tensor:
+    """uint8 [F, H, W, 3] to fp32 [F, 3, H, W] in [-1, 1], with the official roundings."""
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+    return pixels.div_(255.0).mul_(255.0).div_(127.5).sub_(1.0)
+
+
+# ours
+
+
+def _fit(frames: Frames, target: Target) -> torch.Tensor:
+    """fp32 [F, 3, H, W] in [-1, 1] of the target's size. Bilinear, as the official passes resize, but filtered where it
+    shrinks: large photographs would alias."""
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
     height, width = pixels.shape[-2:]
+    aspect = target.height / target.width
     tall, wide = min(height, max(1, round(width * aspect))), min(width, max(1, round(height / aspect)))
     top, left = (height - tall) // 2, (width - wide) // 2
-    return pixels[..., top : top + tall, left : left + wide]
+    cropped = pixels[..., top : top + tall, left : left + wide]
+    size = (target.height, target.width)
+    if cropped.shape[-2:] == size:
+        return cropped
+    return interpolate(cropped, size, mode="bilinear", align_corners=False, antialias=True)
 
 
-def _fit(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Bilinear, as the official code resizes, but filtered where it shrinks: large photographs would alias."""
-    if pixels.shape[-2:] == (height, width):
-        return pixels
-    return interpolate(pixels, (height, width), mode="bilinear", align_corners=False, antialias=True)
+def _pad_to(pixels: torch.Tensor, target: Target) -> torch.Tensor:
+    """To the padded size, mid-grey; a line that compression took from an odd size comes back as grey, too."""
+    left, right, top, bottom = target.pads
+    missing_down, missing_across = target.height - pixels.shape[-2], target.width - pixels.shape[-1]
+    return pad(pixels, (left, right + missing_across, top, bottom + missing_down))
+
+
+def _to_video(pixels: torch.Tensor) -> torch.Tensor:
+    return pixels.transpose(0, 1).unsqueeze(0)

@@ -11,11 +11,12 @@ import torch
 
 from ltx_batch.model.checkpoint import load_checkpoint
 from ltx_batch.model.conditioning import Tokens, encode_media, start_tokens
+from ltx_batch.model.frames import trimmed_frames
 from ltx_batch.model.latents import from_tokens, normalize, to_tokens, token_coords, unnormalize
 from ltx_batch.model.noise import row_noise
 from ltx_batch.model.pipeline_config import PipelineConfig
 from ltx_batch.model.plan import Plan, plan_request
-from ltx_batch.model.preprocess import prepare_media, trimmed_frames
+from ltx_batch.model.preprocess import prepare_media
 from ltx_batch.model.sigmas import SchedulerConfig
 from ltx_batch.request import RenderRequest
 from tests.tiny_checkpoint import LATENT_CHANNELS, write_tiny_checkpoint

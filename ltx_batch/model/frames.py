@@ -1,0 +1,51 @@
+"""How many frames of conditioning and input media a clip takes. No torch."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ltx_batch.errors import InvalidRow, MediaError
+from ltx_batch.model.plan import TEMPORAL, pad_frames
+
+
+def trimmed_frames(available: int, start_frame: int, num_frames: int) -> int:
+    """The most frames of the form 8k + 1 that are there and fit; pipeline_ltx_video.py, trim_conditioning_sequence.
+
+    So a sequence has at least 9 frames, which are two latent frames; of fewer the first is a still.
+    """
+    return (min(available, num_frames - start_frame) - 1) // TEMPORAL * TEMPORAL + 1
+
+
+def take_condition(frames: NDArray[np.uint8], start_frame: int, num_frames: int) -> NDArray[np.uint8]:
+    """The frames of conditioning media that a clip of `num_frames` takes. Raises MediaError or InvalidRow."""
+    check_pixels(frames)
+    count = trimmed_frames(len(frames), start_frame, num_frames)
+    if count > 1 and start_frame % TEMPORAL:
+        raise InvalidRow(
+            f"a conditioning video must start at a multiple of {TEMPORAL}, found frame {start_frame}; "
+            "a picture may start at any frame"
+        )
+    return frames[:count]
+
+
+def take_input(frames: NDArray[np.uint8], num_frames: int) -> NDArray[np.uint8]:
+    """The frames of input media that a clip of `num_frames` takes: 8k + 1, also where it is cropped to fewer.
+
+    Raises MediaError where there are too few.
+    """
+    check_pixels(frames)
+    needed = pad_frames(num_frames)
+    if len(frames) < needed:
+        found = "is a picture" if len(frames) == 1 else f"has {len(frames)} frames"
+        raise MediaError(
+            f"the input media {found}, and a clip of {num_frames} frames needs {needed}: give a longer video, "
+            f"or num_frames {trimmed_frames(len(frames), 0, num_frames)} or less"
+        )
+    return frames[:needed]
+
+
+def check_pixels(frames: NDArray[np.uint8]) -> None:
+    """Raises MediaError unless these are uint8 RGB [F, H, W, 3], at least one frame of at least one pixel."""
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or 0 in frames.shape:
+        raise MediaError(f"media must be uint8 RGB [F, H, W, 3], found {frames.dtype} {list(frames.shape)}")
