@@ -25,6 +25,11 @@ class Clip:
     ran: dict[str, Any] = field(default_factory=dict)
     peak_bytes: int | None = None
 
+    @property
+    def suffix(self) -> str:
+        """Of the clip's file: one frame is a picture."""
+        return ".png" if len(self.frames) == 1 else ".mp4"
+
     def frames_sha256(self) -> str:
         """Hash of shape and pixels before any encoding: equal hashes are equal pictures."""
         digest = hashlib.sha256(repr(self.frames.shape).encode())

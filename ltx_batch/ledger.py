@@ -1,6 +1,6 @@
 """Ledger: where the output lives, and the one act that makes a video count.
 
-    OUT/videos/ab/<key>.<sha12>.mp4                 never overwritten; sha12 = first 12 hex of the file's sha256
+    OUT/videos/ab/<key>.<sha12>.mp4                 never overwritten; sha12 = first 12 hex of its sha256; a picture is .png
     OUT/videos/ab/<key>.json                        the record of an ok render; creating it is the commit
     OUT/runs/<run>/run.json                         what the run was asked to do; the first writer's stands
     OUT/runs/<run>/shards/<shard>.<epoch>.parquet   one line a row of a finished shard
@@ -50,7 +50,7 @@ class Ledger:
         `reused` set, in which case our file is removed again unless it is the winner's very bytes.
         """
         sha256 = _sha256(video)
-        name = f"videos/{record.key[:2]}/{record.key}.{sha256[:12]}.mp4"
+        name = f"videos/{record.key[:2]}/{record.key}.{sha256[:12]}{video.suffix}"
         started_s = time.perf_counter()
         self.storage.upload(video, name)
         ours = replace(

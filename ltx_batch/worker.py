@@ -7,7 +7,6 @@ upload. That is the whole of the overlap between the GPU and the rest.
 from __future__ import annotations
 
 import datetime
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -24,16 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from ltx_batch.clip import Clip
-from ltx_batch.errors import LtxBatchError, MediaError
+from ltx_batch.errors import LtxBatchError
 from ltx_batch.fake import FakeRenderer, write_fake_video
 from ltx_batch.job import JobSpec
 from ltx_batch.ledger import Ledger
-from ltx_batch.media import read_media, write_video
+from ltx_batch.media import write_clip
+from ltx_batch.model.frames import load_media
 from ltx_batch.record import RenderRecord
 from ltx_batch.renderer import Renderer, load_renderer
-from ltx_batch.request import Condition, RenderRequest
+from ltx_batch.request import RenderRequest
 from ltx_batch.schedule import Task, WorkUnit
-from ltx_batch.storage import Storage, fetch_uri
+from ltx_batch.storage import Storage
 
 _VERSIONED = ("ltx-batch", "torch", "diffusers", "transformers", "bitsandbytes", "imageio-ffmpeg", "numpy")
 _MESSAGE_CHARS = 2000
@@ -93,28 +93,8 @@ class Worker:
         self._renderer.close()
 
     def _fetch(self, request: RenderRequest) -> RenderRequest:
-        """The request with its conditioning media read into memory and checked against their hashes."""
-        return replace(request, conditions=tuple(self._load(condition, request) for condition in request.conditions))
-
-    def _load(self, condition: Condition, request: RenderRequest) -> Condition:
-        if not isinstance(condition.media, str | Path):
-            return condition
-        with _scratch() as folder:
-            target = Path(folder, Path(str(condition.media)).name)
-            try:
-                fetch_uri(str(condition.media), target, options=self._plan.job.storage.options)
-            except FileNotFoundError:
-                raise MediaError(f"{condition.media} does not exist") from None
-            digest = hashlib.sha256(target.read_bytes()).hexdigest()
-            if condition.media_sha256 not in (None, digest):
-                raise MediaError(
-                    f"{condition.media} has sha256 {digest}, not {condition.media_sha256}: it changed after it was hashed"
-                )
-            return replace(
-                condition,
-                media=read_media(target, num_frames=request.num_frames - condition.start_frame),
-                media_sha256=digest,
-            )
+        """The request with its media read into memory and checked against their hashes."""
+        return load_media(request, self._plan.job.storage.options)
 
     def _render(
         self, ready: list[tuple[Task, RenderRequest, float]], records: dict[str, RenderRecord]
@@ -136,7 +116,7 @@ class Worker:
 
     def _commit(self, task: Task, clip: Clip, timings: dict[str, float]) -> RenderRecord:
         with _scratch() as folder:
-            video = Path(folder, f"{task.key}.mp4")
+            video = Path(folder, f"{task.key}{clip.suffix}")
             started_s = time.perf_counter()
             self._encode(task, clip, video)
             timings["encode"] = time.perf_counter() - started_s
@@ -149,7 +129,7 @@ class Worker:
         else:
             recipe = json.dumps(dict(self._plan.recipe), sort_keys=True)
             metadata = {"ltx_batch_key": task.key, "ltx_batch_recipe": recipe}
-            write_video(clip, target, self._plan.job.video, metadata=metadata)
+            write_clip(clip, target, self._plan.job.video, metadata=metadata)
 
     def _record(self, task: Task, clip: Clip, timings: dict[str, float]) -> RenderRecord:
         frames, height, width, _ = clip.frames.shape

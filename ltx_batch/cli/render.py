@@ -42,6 +42,10 @@ def render(
     """Render one clip."""
     if output.suffix.lower() not in _SUFFIXES:
         raise JobError(f"{output}: give a file that ends in {' or '.join(_SUFFIXES)}")
+    if output.suffix.lower() == ".png" and num_frames not in (None, 1):
+        raise JobError(
+            f"{output} holds one frame, not {num_frames}: leave --num-frames out, or give -o {output.stem}.mp4"
+        )
     given = {
         "height": height,
         "width": width,
@@ -97,15 +101,10 @@ def _render(request: RenderRequest, checkpoint: str, **options: Any) -> Clip:
 
 def _save(clip: Clip, request: RenderRequest, output: Path) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    if output.suffix.lower() == ".png":
-        from PIL import Image
-
-        Image.fromarray(clip.frames[0]).save(output)
-        return
     from ltx_batch.job import VideoSpec
-    from ltx_batch.media import write_video
+    from ltx_batch.media import write_clip
 
-    write_video(clip, output, VideoSpec(), metadata={"prompt": request.prompt, "seed": str(request.seed)})
+    write_clip(clip, output, VideoSpec(), metadata={"prompt": request.prompt, "seed": str(request.seed)})
 
 
 def _facts(clip: Clip, request: RenderRequest, output: Path, seconds: float) -> dict[str, Any]:

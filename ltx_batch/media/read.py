@@ -52,13 +52,30 @@ def probe_video(source: str | Path) -> tuple[int, int, int, float]:
 
 
 def read_metadata(source: str | Path) -> dict[str, str]:
-    """The tags of a video file, without those that every container has."""
+    """The texts of a PNG file, or the tags of a video file without those that every container has."""
     path = _existing(source)
+    texts = _png_texts(path)
+    if texts is not None:
+        return texts
     text = _ffmpeg(path, ["-f", "ffmetadata", "pipe:1"])[0].decode()
     # `\` escapes = ; # \ and a newline; an unescaped newline ends a tag.
     pairs = re.findall(r"^((?:[^\\\n=;#]|\\.)+)=((?:[^\\\n]|\\.|\\\n)*)$", text, flags=re.MULTILINE)
     tags = {re.sub(r"\\(.)", r"\1", name): re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL) for name, value in pairs}
     return {name: value for name, value in tags.items() if name not in _CONTAINER_TAGS}
+
+
+def _png_texts(path: Path) -> dict[str, str] | None:
+    """None where the file is no PNG."""
+    from PIL import Image, PngImagePlugin, UnidentifiedImageError
+
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            assert isinstance(image, PngImagePlugin.PngImageFile)
+            return {name: str(value) for name, value in image.text.items()}
+    except UnidentifiedImageError:
+        return None
+    except (OSError, SyntaxError) as error:
+        raise MediaError(f"{path}: the image cannot be read: {error}") from error
 
 
 def _existing(source: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""Write a clip as H.264, in colours that every player shows as they were meant."""
+"""Write a clip: as H.264, in colours that every player shows as they were meant, or one frame as a picture."""
 
 from __future__ import annotations
 
@@ -22,6 +22,38 @@ _COLOUR_FILTER = (
 _COLOUR_TAGS = ["-color_primaries", "bt709", "-color_trc", "bt709", "-colorspace", "bt709", "-color_range", "tv"]
 # Nothing in the file may change from run to run: no encoder string of the muxer, no times, one thread per filter.
 _SAME_BYTES = ["-fflags", "+bitexact", "-flags:v", "+bitexact", "-map_metadata", "-1", "-filter_threads", "1"]
+
+
+def write_clip(
+    clip: Clip, target: Path, video: VideoSpec, *, metadata: Mapping[str, str], timeout_s: float = 600
+) -> None:
+    """`write_picture` where the name of `target` ends in .png, else `write_video`."""
+    if target.suffix.lower() == ".png":
+        write_picture(clip, target, metadata=metadata)
+    else:
+        write_video(clip, target, video, metadata=metadata, timeout_s=timeout_s)
+
+
+def write_picture(clip: Clip, target: Path, *, metadata: Mapping[str, str]) -> None:
+    """Write a clip of one frame into the PNG file `target` on a local disk, every pixel as it is.
+
+    The same frame and Pillow give the same bytes. The file's texts are `metadata` and nothing else. Raises EncodeError,
+    and leaves no file, where the clip has more frames or the file cannot be written.
+    """
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    _check_frames(clip)
+    if len(clip.frames) != 1:
+        raise EncodeError(f"a PNG holds one frame, and the clip has {len(clip.frames)}")
+    texts = PngInfo()
+    for name, value in metadata.items():
+        texts.add_text(name, value)
+    try:
+        Image.fromarray(clip.frames[0]).save(target, "PNG", pnginfo=texts)
+    except OSError as error:
+        target.unlink(missing_ok=True)
+        raise EncodeError(f"the picture could not be written: {error}") from error
 
 
 def write_video(
@@ -50,10 +82,15 @@ def frame_rate_fraction(frame_rate: float) -> Fraction:
     return Fraction(frame_rate).limit_denominator(1001)
 
 
-def _check(clip: Clip) -> None:
+def _check_frames(clip: Clip) -> None:
     shape, kind = clip.frames.shape, clip.frames.dtype
     if kind != np.uint8 or len(shape) != 4 or shape[0] < 1 or shape[3] != 3:
         raise EncodeError(f"frames must be uint8 [F, H, W, 3] with F >= 1, not {kind} {list(shape)}")
+
+
+def _check(clip: Clip) -> None:
+    _check_frames(clip)
+    shape = clip.frames.shape
     if shape[1] % 2 or shape[2] % 2:
         raise EncodeError(f"height and width must be even for yuv420p, not {shape[1]} x {shape[2]}")
     if not clip.frame_rate > 0:

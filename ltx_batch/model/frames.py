@@ -1,12 +1,36 @@
-"""How many frames of conditioning and input media a clip takes. No torch."""
+"""Frames of conditioning and input media: which of them a clip takes. No torch."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ltx_batch.errors import InvalidRow, MediaError
+from ltx_batch.media import load_frames
 from ltx_batch.model.plan import TEMPORAL, pad_frames
+from ltx_batch.request import Condition, RenderRequest
+
+
+def load_media(request: RenderRequest, options: Mapping[str, Any] | None = None) -> RenderRequest:
+    """The request with all its media as uint8 RGB [F, H, W, 3]: those frames that the clip takes.
+
+    `options` are fsspec options for URIs. Raises MediaError where media are missing, unreadable, not what was hashed or
+    too short, InvalidRow where a video starts at a frame at which none can.
+    """
+
+    def load(condition: Condition) -> Condition:
+        found = load_frames(condition, request.num_frames - condition.start_frame, options)
+        return replace(found, media=take_condition(np.asarray(found.media), condition.start_frame, request.num_frames))
+
+    begin = request.input_media
+    if begin is not None:
+        found = load_frames(begin, pad_frames(request.num_frames), options)
+        begin = replace(found, media=take_input(np.asarray(found.media), request.num_frames))
+    return replace(request, conditions=tuple(load(one) for one in request.conditions), input_media=begin)
 
 
 def trimmed_frames(available: int, start_frame: int, num_frames: int) -> int:

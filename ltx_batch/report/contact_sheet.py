@@ -124,7 +124,7 @@ def _frames(storage: Storage, video: str) -> list[Image.Image]:
             frames = read_media(storage.path(video))
         else:
             with tempfile.TemporaryDirectory(prefix="ltx_batch-") as folder:
-                target = Path(folder, "clip.mp4")
+                target = Path(folder, "clip")
                 storage.download(video, target)
                 frames = read_media(target)
     except (MediaError, FileNotFoundError):
