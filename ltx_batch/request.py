@@ -61,7 +61,7 @@ def parse_lora(text: str) -> LoraRef:
     What follows a colon behind the last slash is the weight, so a file with a colon in its own name needs one.
     """
     folder, slash, name = text.rpartition("/")
-    name, colon, weight = name.rpartition(":") if ":" in name else (name, "", "1")
+    name, _, weight = name.rpartition(":") if ":" in name else (name, "", "1")
     if not name.strip():
         raise ValueError("names no file: write it as PATH or PATH:WEIGHT")
     try:
