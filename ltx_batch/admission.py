@@ -152,7 +152,7 @@ class Admission:
         return isinstance(request, RenderRequest) and request.key(recipe) == line["ltx_key"]
 
     def _with_hashes(self, row: Row) -> RenderRequest | MediaError | None:
-        if row.request is None or not row.request.conditions:
+        if row.request is None or not (row.request.conditions or row.request.input_media):
             return row.request
         try:
             return hash_media(row.request, options=self._job.storage.options, cache=self._media_sha256)

@@ -105,6 +105,8 @@ def _request(values: Mapping[str, Any], folder: str, defaults: RowDefaults) -> R
         fields["seed"] = seed_of(values["row_id"])
     if fields["timesteps"] is not None:
         fields["timesteps"] = tuple(fields["timesteps"])
+    begin = values.get("input_media_path")
+    fields["input_media"] = None if begin is None else Condition(join_uri(folder, begin))
     return RenderRequest(prompt=values["prompt"], conditions=_conditions(values, folder), **fields)
 
 

@@ -55,12 +55,9 @@ def _unreadable(table: pa.Table) -> list[Fault]:
 def _check_texts(cells: Cells) -> None:
     missing = ~cells.present("prompt") & ~cells.bad("prompt")
     cells.flag("prompt", missing, "is missing")
-    for name in ("prompt", "row_id"):
+    for name in ("prompt", "row_id", "input_media_path"):
         if name in cells:
             cells.flag(name, _blank(cells.array(name)), "is empty")
-    if "input_media_path" in cells:
-        video_to_video = "video-to-video is not built yet: leave it null, or use conditioning_media_paths"
-        cells.flag("input_media_path", cells.present("input_media_path"), video_to_video)
     if "stg_scale" in cells:
         guidance = "spatio-temporal guidance is not built yet: leave it null, or 0"
         cells.flag("stg_scale", (cells.numbers("stg_scale") > 0) & ~cells.bad("stg_scale"), guidance)

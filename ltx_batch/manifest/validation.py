@@ -71,7 +71,8 @@ def validate(manifest: Manifest, job: JobSpec, *, tokenizer: Path | None) -> Val
     for shard, table in _chunks(manifest, _COLUMNS):
         file = manifest.files[shard.file].uri
         cells, broken = check(table, job.defaults)
-        faults = in_order(broken + media.missing(cells, folder_of(file)))
+        folder = folder_of(file)
+        faults = in_order(broken + media.missing(cells, folder) + media.stills(cells, folder, job.defaults.num_frames))
         found.add_errors(issues_of(table, cells, faults, file=file, offset=shard.offset), len(faults))
         doubts = tokens.too_long(cells)
         found.add_warnings(issues_of(table, cells, doubts, file=file, offset=shard.offset), len(doubts))

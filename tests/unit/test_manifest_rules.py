@@ -72,11 +72,7 @@ BROKEN: list[tuple[dict[str, Any], str, str]] = [
     ({**TWO, FRAMES: [0, None]}, FRAMES, "has a null entry"),
     ({**TWO, STRENGTHS: [0.5, None]}, STRENGTHS, "has a null entry"),
     ({**ONE, HASHES: ["abc"]}, HASHES, "entries must be 64 lower-case hex digits, or null"),
-    (
-        {"input_media_path": "a.mp4"},
-        "input_media_path",
-        f"video-to-video is not built yet: leave it null, or use {PATHS}",
-    ),
+    ({"input_media_path": " "}, "input_media_path", "is empty"),
     ({"priority": 2**31}, "priority", "must be -2147483648 to 2147483647"),
 ]
 
