@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from ltx_batch.errors import CheckpointError
 from ltx_batch.model.fetch import SCHEDULER_FILE
@@ -27,36 +29,68 @@ EXPECTED = {
     "tokenizer": "a T5 tokenizer",
     "scheduler": "FlowMatchEulerDiscreteScheduler",
 }
+TEXT = ("text_encoder", "tokenizer")
 KINDS = {**EXPECTED, "latent_upsampler": "LTXLatentUpsamplerModel"}
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """The parts as loaded, on the CPU."""
+    """The parts as loaded, on the CPU; the text encoder is loaded when it is first needed, if ever. None: not asked for."""
 
     transformer: Any
     vae: Any
-    text_encoder: Any
-    tokenizer: Any
+    text: TextParts | None
     scheduler: SchedulerConfig
     latent_upsampler: Any = None
 
 
-def load_checkpoint(folder: Path, dtype: torch.dtype, *, text_encoder: Path | None = None) -> Checkpoint:
-    """Load every part in `dtype`; `text_encoder` names another folder with text_encoder/ and tokenizer/.
+@dataclass(frozen=True, slots=True)
+class TextParts:
+    """A text encoder and its tokenizer, looked at but not loaded. `weights_bytes` is what the encoder takes in `dtype`."""
+
+    folder: Path
+    dtype: torch.dtype
+    channels: int
+    weights_bytes: int
+    tokenizer: Any
+
+    @classmethod
+    def find(cls, folder: Path, dtype: torch.dtype) -> TextParts:
+        """Raises CheckpointError where text_encoder/ or tokenizer/ below `folder` are missing, torn or something else."""
+        _check_layout(folder, {name: folder / name for name in TEXT})
+        place = folder / "text_encoder"
+        config, tokenizer = _check_model("text_encoder", place), _load_tokenizer(folder / "tokenizer")
+        if len(tokenizer) > config["vocab_size"]:
+            raise CheckpointError(
+                f"the parts of {folder} are not of one model: the tokenizer knows {len(tokenizer)} tokens, the text "
+                f"encoder {config['vocab_size']}"
+            )
+        return cls(folder, dtype, config["d_model"], _encoder_weights(place) * dtype.itemsize, tokenizer)
+
+    def load(self) -> Any:
+        """The encoder on the CPU. Raises CheckpointError."""
+        with _quiet():
+            return _load_model("text_encoder", self.folder / "text_encoder", self.dtype)
+
+
+def load_checkpoint(
+    folder: Path, dtype: torch.dtype, *, text_encoder: Path | None = None, with_text: bool = True
+) -> Checkpoint:
+    """Load every part but the text encoder in `dtype`; `text_encoder` names another folder with text_encoder/ and
+    tokenizer/, which need not be there without text.
 
     Raises CheckpointError with what was found and what was expected where a part is missing, torn, of another kind, or
     does not fit the others.
     """
     text_folder = text_encoder or folder
-    places = {name: (text_folder if name in ("text_encoder", "tokenizer") else folder) / name for name in EXPECTED}
+    parts = [name for name in EXPECTED if with_text or name not in TEXT]
+    places = {name: (text_folder if name in TEXT else folder) / name for name in parts}
     _check_layout(folder, places)
     with _quiet():
         found = Checkpoint(
             transformer=_load_model("transformer", places["transformer"], dtype),
             vae=_load_model("vae", places["vae"], dtype),
-            text_encoder=_load_model("text_encoder", places["text_encoder"], dtype),
-            tokenizer=_load_tokenizer(places["tokenizer"]),
+            text=TextParts.find(text_folder, dtype) if with_text else None,
             scheduler=SchedulerConfig.parse(_read(folder / SCHEDULER_FILE), source=str(folder / SCHEDULER_FILE)),
             latent_upsampler=_load_upsampler(folder / "latent_upsampler", dtype),
         )
@@ -81,6 +115,18 @@ def _load_upsampler(place: Path, dtype: torch.dtype) -> Any:
 
 
 def _load_model(name: str, place: Path, dtype: torch.dtype) -> Any:
+    _check_model(name, place)
+    load, options = _loader(name, dtype)
+    try:
+        model, notes = load(place, output_loading_info=True, use_safetensors=True, local_files_only=True, **options)
+    except Exception as error:
+        raise CheckpointError(f"{place} cannot be loaded as {KINDS[name]}: {_first_line(error)}") from error
+    _check_keys(name, place, notes)
+    return model.eval().requires_grad_(False)
+
+
+def _check_model(name: str, place: Path) -> dict[str, Any]:
+    """Its config.json, once it is of the right kind and has weights beside it."""
     config = _read_json(place / "config.json")
     kinds = [config.get("_class_name"), *config.get("architectures", [])]
     if KINDS[name] not in kinds:
@@ -90,13 +136,24 @@ def _load_model(name: str, place: Path, dtype: torch.dtype) -> Any:
         raise CheckpointError(
             f"{place} has no *.safetensors; it holds {_held(place)}. Pickled weights (.bin) are not read"
         )
-    load, options = _loader(name, dtype)
-    try:
-        model, notes = load(place, output_loading_info=True, use_safetensors=True, local_files_only=True, **options)
-    except Exception as error:
-        raise CheckpointError(f"{place} cannot be loaded as {KINDS[name]}: {_first_line(error)}") from error
-    _check_keys(name, place, notes)
-    return model.eval().requires_grad_(False)
+    return config
+
+
+def _encoder_weights(place: Path) -> int:
+    """How many numbers a T5 encoder's files hold, by their headers alone; a decoder beside it is not loaded.
+
+    Raises CheckpointError for a torn file.
+    """
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(place.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                shapes |= {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is torn or no safetensors file: {_first_line(error)}") from error
+    if "shared.weight" in shapes:
+        shapes.pop("encoder.embed_tokens.weight", None)  # the same numbers
+    return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith(("shared.", "encoder.")))
 
 
 def _loader(name: str, dtype: torch.dtype) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -148,18 +205,18 @@ def _load_tokenizer(place: Path) -> Any:
 
 
 def _check_fit(found: Checkpoint, folder: Path) -> None:
-    transformer, vae, text = found.transformer.config, found.vae.config, found.text_encoder.config
+    transformer, vae = found.transformer.config, found.vae.config
     pairs = {
         "transformer in_channels and vae latent_channels": (transformer.in_channels, vae.latent_channels),
         "transformer out_channels and vae latent_channels": (transformer.out_channels, vae.latent_channels),
-        "transformer caption_channels and text_encoder d_model": (transformer.caption_channels, text.d_model),
         "transformer patch sizes and (1, 1)": ((transformer.patch_size, transformer.patch_size_t), (1, 1)),
         "vae spatial compression and 32": (found.vae.spatial_compression_ratio, SPATIAL),
         "vae temporal compression and 8": (found.vae.temporal_compression_ratio, TEMPORAL),
     }
+    if found.text is not None:
+        channels = (transformer.caption_channels, found.text.channels)
+        pairs["transformer caption_channels and text_encoder d_model"] = channels
     faults = [f"{what} must be equal, found {a} and {b}" for what, (a, b) in pairs.items() if a != b]
-    if len(found.tokenizer) > text.vocab_size:
-        faults.append(f"the tokenizer knows {len(found.tokenizer)} tokens, the text encoder {text.vocab_size}")
     if faults:
         raise CheckpointError(f"the parts of {folder} are not of one model: {'; '.join(faults)}")
 

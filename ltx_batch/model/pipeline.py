@@ -7,25 +7,32 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import nn
 
-from ltx_batch.model.checkpoint import load_checkpoint
+from ltx_batch.errors import CheckpointError
+from ltx_batch.model.checkpoint import TextParts, load_checkpoint
 from ltx_batch.model.conditioning import encode_media, start_tokens
 from ltx_batch.model.decode import decode_row
 from ltx_batch.model.denoise import denoise_pass
 from ltx_batch.model.latents import from_tokens
 from ltx_batch.model.noise import Noise
+from ltx_batch.model.pipeline_config import PipelineConfig
 from ltx_batch.model.placement import device_name
 from ltx_batch.model.plan import PassPlan, Plan
 from ltx_batch.model.preprocess import ConditionItem
 from ltx_batch.model.quantize.bnb import quantize_blocks, scale_bytes
 from ltx_batch.model.quantize.policy import Precision
+from ltx_batch.model.room import working_bytes
 from ltx_batch.model.sigmas import SchedulerConfig
 from ltx_batch.model.text import Text, TextEncoder
+from ltx_batch.model.text_cache import TextCache
+from ltx_batch.model.text_source import TextSource
+from ltx_batch.model.turns import Turns
 from ltx_batch.model.upsample import upsample_latents
 
 Frames = TypeVar("Frames")
@@ -71,12 +78,19 @@ class LtxPipeline:
     """The loaded parts on one device. Its methods run under `torch.inference_mode`."""
 
     def __init__(
-        self, folder: Path, policy: Precision, device: torch.device, *, text_encoder: Path | None = None
+        self,
+        folder: Path,
+        policy: Precision,
+        device: torch.device,
+        *,
+        text_encoder: Path | None = None,
+        text_cache: TextCache | None = None,
+        with_text: bool = True,
     ) -> None:
         dtype = getattr(torch, policy.dtype)
         if policy.name == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in the VAE's convolutions too
-        parts = load_checkpoint(folder, dtype, text_encoder=text_encoder)
+        parts = load_checkpoint(folder, dtype, text_encoder=text_encoder, with_text=with_text)
         quantized: dict[str, Any] = {}
         if policy.quantize == "bnb-int8":
             quantized = quantize_blocks(parts.transformer, policy, device)
@@ -85,9 +99,19 @@ class LtxPipeline:
         self.transformer = parts.transformer.to(device)
         self.vae = parts.vae.to(device)
         self.latent_upsampler = None if parts.latent_upsampler is None else parts.latent_upsampler.to(device)
-        self.text = TextEncoder(parts.tokenizer, parts.text_encoder.to(device), device)
-        modules = {name: getattr(parts, name) for name in ("transformer", "vae", "text_encoder", "latent_upsampler")}
+        modules = {
+            "transformer": self.transformer,
+            "vae": self.vae,
+            "latent_upsampler": self.latent_upsampler,
+        }
         self.weights_bytes: Mapping[str, int] = {name: weights_bytes(part) for name, part in modules.items() if part}
+        self.turns: Turns | None = None
+        if parts.text is not None:
+            self.weights_bytes |= {"text_encoder": parts.text.weights_bytes}
+            others = [part for part in modules.values() if part is not None]
+            load = partial(load_encoder, parts.text)
+            self.turns = Turns(device, load, parts.text.weights_bytes, others, movable=policy.quantize is None)
+        self.text = TextSource(device, encoder=self.turns and self.turns.encoder, cache=text_cache)
         self.ran = {
             "precision": policy.name,
             "device": device_name(device),
@@ -98,9 +122,25 @@ class LtxPipeline:
             **quantized,
         }
 
+    def check(self, config: PipelineConfig) -> None:
+        """Raises CheckpointError where this model cannot do what the config asks for."""
+        if config.pipeline_type == "multi-scale" and self.latent_upsampler is None:
+            raise CheckpointError(
+                "the pipeline config is multi-scale, which takes a latent upsampler, and the checkpoint has none: "
+                "name one as model.upsampler, or use a base pipeline"
+            )
+        blocks = len(self.transformer.transformer_blocks)
+        for one in config.passes:
+            absent = sorted(block for block in one.blocks() if not 0 <= block < blocks)
+            if absent:
+                raise CheckpointError(
+                    f"skip_block_list names block {absent[0]}, and this transformer has blocks 0 to {blocks - 1}: is the "
+                    "pipeline config for another model?"
+                )
+
     @torch.inference_mode()
-    def encode(self, text: str) -> Text:
-        return self.text.encode(text)
+    def encode(self, text: str, *, negative: bool = False) -> Text:
+        return self.text.encode(text, negative=negative)
 
     @torch.inference_mode()
     def render(
@@ -110,6 +150,8 @@ class LtxPipeline:
 
         Raises FloatingPointError where latents are not finite.
         """
+        with watch.stage("text"):
+            self._make_room(plan, len(rows))
         latents: list[torch.Tensor] = []
         for one in plan.passes:
             begin = self._begin(one, rows, watch) if not latents else self._raise(latents[-1], watch)
@@ -120,6 +162,17 @@ class LtxPipeline:
             found = latents[-1].split(1)
             decoded = (decode_row(self.vae, one, plan, row.noise) for one, row in zip(found, rows, strict=True))
             return Rendered(tuple(latents), tuple(finish(video) for video in decoded))
+
+    def text_told(self) -> dict[str, Any]:
+        """Where the embeddings came from since this was last asked, and where the encoder is and why."""
+        return {**self.text.taken(), "place": "no text encoder" if self.turns is None else self.turns.told}
+
+    def _make_room(self, plan: Plan, rows: int) -> None:
+        """The text encoder has done its part: it leaves the device where the others want its place."""
+        if self.turns is not None:
+            channels = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
+            wanted = working_bytes(plan, rows=rows, channels=channels, number_bytes=self.transformer.dtype.itemsize)
+            self.turns.let_others_work(wanted)
 
     def _begin(self, first: PassPlan, rows: Sequence[Row], watch: Stopwatch) -> torch.Tensor | None:
         """The latents that video to video begins from; a later pass goes on from the first pass's, not from these."""
@@ -153,6 +206,8 @@ class LtxPipeline:
 
     def close(self) -> None:
         """Give the memory back."""
+        if self.turns is not None:
+            self.turns.close()
         del self.transformer, self.vae, self.text, self.latent_upsampler
         gc.collect()
         if self.device.type == "cuda":
@@ -162,6 +217,10 @@ class LtxPipeline:
         if self.ran["precision"] == "bnb-int8":
             return "bitsandbytes computes in fp16, which overflows at 65504: use precision bf16, or skip_modules"
         return "are the weights whole?"
+
+
+def load_encoder(parts: TextParts) -> TextEncoder:
+    return TextEncoder(parts.tokenizer, parts.load(), torch.device("cpu"))
 
 
 def weights_bytes(module: nn.Module) -> int:

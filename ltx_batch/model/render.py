@@ -30,22 +30,25 @@ def render_batch(
         torch.cuda.reset_peak_memory_stats(pipeline.device)
     with watch.stage("text"):
         texts = [
-            (pipeline.encode(request.prompt), pipeline.encode(request.negative_prompt) if plan.needs_negative else None)
+            (
+                pipeline.encode(request.prompt),
+                pipeline.encode(request.negative_prompt, negative=True) if plan.needs_negative else None,
+            )
             for request in requests
         ]
     with watch.stage("condition"):
         rows = [
-            Row(prompt, negative, _prepare(request, found, plan), row_noise(request.seed))
+            Row(prompt, negative, prepare_conditions(request, found, plan), row_noise(request.seed))
             for request, found, (prompt, negative) in zip(requests, media, texts, strict=True)
         ]
     frames = _render_alike(pipeline, plan, rows, watch)
     peak_bytes = torch.cuda.max_memory_allocated(pipeline.device) if on_gpu else None
     timings = {name: seconds / len(requests) for name, seconds in watch.seconds.items()}
-    ran = {**pipeline.ran, "batch_size": len(requests)}
+    ran = {**pipeline.ran, "batch_size": len(requests), "text": pipeline.text_told()}
     return [Clip(pixels, plan.frame_rate, dict(timings), dict(ran), peak_bytes) for pixels in frames]
 
 
-def _prepare(request: RenderRequest, media: Media, plan: Plan) -> tuple[ConditionItem, ...]:
+def prepare_conditions(request: RenderRequest, media: Media, plan: Plan) -> tuple[ConditionItem, ...]:
     return tuple(
         prepare_media(frames, condition.start_frame, condition.strength, plan.target)
         for condition, frames in zip(request.conditions, media, strict=True)

@@ -1,16 +1,14 @@
-"""Prompts to embeddings: T5 with its mask, 256 tokens, each distinct text once."""
+"""Prompts to embeddings: T5 with its mask, 256 tokens."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-MAX_TOKENS = 256
-_CACHED_TEXTS = 64  # 2 MiB each with T5-XXL in bf16
+from ltx_batch.model.text_key import MAX_TOKENS, as_encoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +19,18 @@ class Text:
     mask: torch.Tensor
 
     @classmethod
+    def of_tokens(cls, tokens: torch.Tensor) -> Text:
+        """One row of the embeddings of its real tokens [tokens, channels]; what is padded is zero.
+
+        T5 has values of its own behind the last token. The transformer's mask takes them out again, but a quantiser that
+        looks at a whole tensor sees them: with zeros a picture hangs on nothing but the text.
+        """
+        count = len(tokens)
+        embeds = tokens.new_zeros(1, MAX_TOKENS, tokens.shape[1])
+        embeds[0, :count] = tokens
+        return cls(embeds, (torch.arange(MAX_TOKENS, device=tokens.device) < count)[None])
+
+    @classmethod
     def stack(cls, texts: Sequence[Text]) -> Text:
         return cls(torch.cat([text.embeds for text in texts]), torch.cat([text.mask for text in texts]))
 
@@ -29,28 +39,27 @@ class Text:
 
 
 class TextEncoder:
-    """Encodes one text at a time, so that a text's embedding never depends on its neighbours, and keeps the last ones."""
+    """T5 and its tokenizer on one device. Encodes one text at a time, so that it never depends on its neighbours."""
 
     def __init__(self, tokenizer: Any, model: Any, device: torch.device) -> None:
-        self._tokenizer = tokenizer
-        self._model = model
-        self._device = device
-        self._cache: OrderedDict[str, Text] = OrderedDict()
+        self.tokenizer = tokenizer
+        self.model = model.to(device)
+        self.device = device
 
-    def encode(self, text: str) -> Text:
-        """One row, on the device. Blanks at both ends are dropped and the rest is taken as written, as the official
-        pipeline does (pipeline_ltx_video.py, _text_preprocessing); tokens after the 256th are cut."""
-        text = text.strip()
-        if text not in self._cache:
-            self._cache[text] = self._encode(text)
-            while len(self._cache) > _CACHED_TEXTS:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(text)
-        return self._cache[text]
-
-    def _encode(self, text: str) -> Text:
-        found = self._tokenizer(
-            [text], padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+    @torch.inference_mode()
+    def encode(self, text: str) -> torch.Tensor:
+        """Embeddings of the text's tokens, end mark included, [tokens, channels]; tokens after the 256th are cut."""
+        found = self.tokenizer(
+            [as_encoded(text)],
+            padding="max_length",
+            padding_side="right",
+            max_length=MAX_TOKENS,
+            truncation=True,
+            return_tensors="pt",
         )
-        ids, mask = found.input_ids.to(self._device), found.attention_mask.to(self._device)
-        return Text(self._model(input_ids=ids, attention_mask=mask)[0], mask.bool())
+        ids, mask = found.input_ids.to(self.device), found.attention_mask.to(self.device)
+        return self.model(input_ids=ids, attention_mask=mask)[0][0, : int(found.attention_mask.sum())]
+
+    def to(self, device: torch.device) -> None:
+        self.model.to(device)
+        self.device = device

@@ -1,0 +1,96 @@
+"""Where embeddings come from: this process's memory, the cache, the encoder, in that order."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+
+import torch
+
+from ltx_batch.errors import EmbeddingMissing
+from ltx_batch.model.text import Text, TextEncoder
+from ltx_batch.model.text_cache import TextCache
+from ltx_batch.model.text_key import as_encoded
+
+_REMEMBERED_TEXTS = 64  # 2 MiB each with T5-XXL in bf16
+
+
+class TextSource:
+    """Embeddings on `device`. `encoder` gives the text encoder, ready, and is asked only for what nothing else holds;
+    None: there is none, and a text that the cache lacks raises EmbeddingMissing. `fetch` may be called from any thread."""
+
+    def __init__(
+        self, device: torch.device, *, encoder: Callable[[], TextEncoder] | None, cache: TextCache | None = None
+    ) -> None:
+        self._device, self._encoder, self._cache = device, encoder, cache
+        self._prompts, self._negatives = _Recent(), _Recent()
+        self._counts: Counter[str] = Counter()
+
+    def encode(self, text: str, *, negative: bool = False) -> Text:
+        """One row, on the device. Negative prompts are remembered apart: most jobs have one, which no number of prompts
+        may push out."""
+        recent = self._negatives if negative else self._prompts
+        text = as_encoded(text)
+        found, origin = recent.find(text), "memory"
+        if found is None:
+            tokens, origin = self._obtain(text)
+            found = recent.keep(text, Text.of_tokens(tokens.to(self._device)))
+        self._counts[origin] += 1
+        return found
+
+    def fetch(self, text: str, *, negative: bool = False) -> None:
+        """Bring a text's embedding from the cache into memory, ahead of its render. Raises EmbeddingMissing where nothing
+        can make it."""
+        recent = self._negatives if negative else self._prompts
+        text = as_encoded(text)
+        if self._cache is None or recent.find(text) is not None:
+            return
+        tokens = self._cache.get(text)
+        if tokens is not None:
+            recent.keep(text, Text.of_tokens(tokens.to(self._device)))
+        elif self._encoder is None:
+            raise _missing(text, self._cache)
+
+    def taken(self) -> dict[str, int]:
+        """How many embeddings came from `memory`, `cache` and `encoder` since this was last asked."""
+        counts, self._counts = dict(self._counts), Counter()
+        return counts
+
+    def _obtain(self, text: str) -> tuple[torch.Tensor, str]:
+        if self._cache is not None and (tokens := self._cache.get(text)) is not None:
+            return tokens, "cache"
+        if self._encoder is None:
+            raise _missing(text, self._cache)
+        tokens = self._encoder().encode(text)
+        return tokens if self._cache is None else self._cache.put(text, tokens), "encoder"
+
+
+class _Recent:
+    """The texts that were used last. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._texts: OrderedDict[str, Text] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, text: str) -> Text | None:
+        with self._lock:
+            if text in self._texts:
+                self._texts.move_to_end(text)
+            return self._texts.get(text)
+
+    def keep(self, text: str, encoded: Text) -> Text:
+        with self._lock:
+            self._texts[text] = encoded
+            if len(self._texts) > _REMEMBERED_TEXTS:
+                self._texts.popitem(last=False)
+        return encoded
+
+
+def _missing(text: str, cache: TextCache | None) -> EmbeddingMissing:
+    place = "there is no text cache" if cache is None else f"the text cache {cache.uri} has none that is whole"
+    shown = text if len(text) <= 60 else f"{text[:60]}..."
+    return EmbeddingMissing(
+        f"no embedding of {shown!r}: {place}, and no text encoder is loaded; "
+        "run `ltx-batch encode JOB.yaml`, or set text: stage"
+    )
