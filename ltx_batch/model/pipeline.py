@@ -111,7 +111,7 @@ class LtxPipeline:
             others = [part for part in modules.values() if part is not None]
             load = partial(load_encoder, parts.text)
             self.turns = Turns(device, load, parts.text.weights_bytes, others, movable=policy.quantize is None)
-        self.text = TextSource(device, encoder=self.turns and self.turns.encoder, cache=text_cache)
+        self.text = TextSource(device, encoder=None if self.turns is None else self.turns.encoder, cache=text_cache)
         self.ran = {
             "precision": policy.name,
             "device": device_name(device),

@@ -247,15 +247,13 @@ def test_a_mixed_batch_is_refused(renderer: LtxRenderer) -> None:
     assert renderer.render([]) == []
 
 
-def test_each_text_is_encoded_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_text_is_encoded_once(tiny: Path) -> None:
     renderer = load_renderer(str(tiny), device="cpu")
-    encoded: list[str] = []
-    encode = renderer._pipeline.text._encode
-    monkeypatch.setattr(renderer._pipeline.text, "_encode", lambda text: (encoded.append(text), encode(text))[1])
     requests = [replace(REQUEST, seed=seed, guidance_scale=2.0, negative_prompt="bad") for seed in (1, 2)]
-    renderer.render(requests)
-    renderer.render([replace(requests[0], prompt="  a red circle ")])
-    assert encoded == ["a red circle", "bad"]
+    (clip, _), (again,) = renderer.render(requests), renderer.render([replace(requests[0], prompt="  a red circle ")])
+    told = "on the device: all parts share one memory"
+    assert clip.ran["text"] == {"encoder": 2, "memory": 2, "place": told}
+    assert again.ran["text"] == {"memory": 2, "place": told}
 
 
 # conditions
