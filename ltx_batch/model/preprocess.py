@@ -103,7 +103,7 @@ def _blur(frame: Frames) -> Frames:
     line = torch.exp(-0.5 * torch.linspace(-1.0, 1.0, steps=3).pow(2))
     line = line / line.sum()
     kernel = torch.mm(line[:, None], line[None, :]).expand(3, 1, 3, 3)
-    pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1).contiguous().float().div(255)
+    pixels = torch.from_numpy(np.array(frame)).permute(2, 0, 1).contiguous().float().div(255)
     blurred = conv2d(pad(pixels[None], (1, 1, 1, 1), mode="reflect"), kernel, groups=3)
     return (blurred[0].permute(1, 2, 0) * 255.0).byte().numpy()
 
