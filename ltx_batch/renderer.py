@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from ltx_batch.clip import Clip
 from ltx_batch.errors import CheckpointError, JobError, MediaError
 from ltx_batch.job import ModelSpec
+from ltx_batch.lora import Shapes
 from ltx_batch.model.fetch import SCHEDULER_FILE, checkpoint_files, local_folder
+from ltx_batch.model.layers import transformer_layers
 from ltx_batch.model.pipeline_config import FILE_NAME, PipelineConfig, load_pipeline_config
 from ltx_batch.model.plan import Plan, plan_request
 from ltx_batch.model.quantize import policy
@@ -23,7 +25,10 @@ from ltx_batch.request import Condition, RenderRequest
 from ltx_batch.storage import fetch_uri, is_local_uri, read_uri, sha256_uri
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ltx_batch.model.pipeline import LtxPipeline
+    from ltx_batch.model.trace import Trace
 
 PACKAGED = Path(__file__).parent / "checkpoints"
 PACKAGED_NAMES = ("demo",)  # a folder of the same name is ./demo
@@ -71,8 +76,44 @@ class LtxRenderer:
         if len({request.batch_key() for request in requests}) > 1:
             raise ValueError("the requests of one render call must share their batch_key()")
         plans = [self.plan(request) for request in requests]
-        media = [[read_condition(c, request.num_frames) for c in request.conditions] for request in requests]
+        media = [_read_conditions(request) for request in requests]
         return render_batch(self._pipeline, plans[0], requests, media) if requests else []
+
+    def trace(
+        self,
+        request: RenderRequest,
+        *,
+        prompt_embeds: Tensor | None = None,
+        prompt_attention_mask: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        negative_prompt_attention_mask: Tensor | None = None,
+        conditions: Sequence[tuple[Tensor, int, float]] | None = None,
+        noise: Callable[[str, tuple[int, ...]], Tensor] | None = None,
+    ) -> Trace:
+        """Render one request with what another implementation used, and return all that comes of it.
+
+        Embeddings are [1, tokens, channels] with masks [1, tokens]; no text encoder is needed where they are given.
+        `conditions` are `(pixels [1, 3, F, H, W] in [-1, 1], start_frame, strength)`, pre-processed, of the padded target
+        size (each pass resizes them); they take the place of the request's. `noise(name, shape)` gives every draw:
+        docs/pipeline.md lists names and shapes. Raises ValueError where tensors do not fit, InvalidRow as `plan` does.
+        """
+        from ltx_batch.model.render import prepare_conditions
+        from ltx_batch.model.trace import given_conditions, given_text, trace_request
+
+        plan = self.plan(request)
+        if conditions is None:
+            items = prepare_conditions(request, _read_conditions(request), plan)
+        else:
+            items = given_conditions(conditions, plan)
+        return trace_request(
+            self._pipeline,
+            plan,
+            request,
+            prompt=given_text("prompt", prompt_embeds, prompt_attention_mask),
+            negative=given_text("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask),
+            conditions=items,
+            noise=noise,
+        )
 
     def close(self) -> None:
         self._pipeline.close()
@@ -95,12 +136,11 @@ def load_renderer(
 ) -> LtxRenderer:
     """Load a checkpoint: the name `demo`, a folder, a URI or a hub id.
 
-    `pipeline_config` is a path or URI of an official YAML file; without it the checkpoint folder's own holds, else the
+    `pipeline_config` is a preset's name, or a path or URI of an official YAML file; without it the checkpoint folder's own
+    holds, else the
     official base defaults. `torch_threads` pins torch's CPU threads, on which pixels hang; `options` are fsspec options for
     URIs. Raises CheckpointError, PrecisionError or JobError before any weight is loaded, where it can.
     """
-    if upsampler is not None:
-        raise JobError("an upsampler serves multi-scale rendering, which is not built yet")
     check_built(precision, placement, condition_preprocess)
     from ltx_batch.model.pipeline import LtxPipeline
     from ltx_batch.model.placement import pick_device, use_threads
@@ -112,7 +152,9 @@ def load_renderer(
     folder = local_folder(resolve_checkpoint(checkpoint), options)
     config = load_pipeline_config(pipeline_config, folder, options=options)
     text_folder = local_folder(text_encoder, options) if text_encoder is not None else None
-    return LtxRenderer(LtxPipeline(folder, chosen, place, text_encoder=text_folder), config)
+    pipeline = LtxPipeline(folder, chosen, place, text_encoder=text_folder)
+    pipeline.check(config)
+    return LtxRenderer(pipeline, config)
 
 
 def load_planner(
@@ -161,6 +203,13 @@ def tokenizer_file(model: ModelSpec) -> Path | None:
     return found if found.is_file() else None
 
 
+def layers_of(model: ModelSpec, options: Mapping[str, Any] | None = None) -> Shapes | None:
+    """The linear layers of the transformer, which LoRA files must fit; None where the checkpoint is not at hand."""
+    if not model.checkpoint or model.renderer == "fake":
+        return None
+    return transformer_layers(resolve_checkpoint(model.checkpoint), options)
+
+
 def check_built(precision: str, placement: str, condition_preprocess: str) -> None:
     """Raises JobError or PrecisionError for a value that has a name but no code yet, before anything is started."""
     policy.resolve_name(precision, "cpu")
@@ -179,6 +228,10 @@ def resolve_precision(name: str, device: str) -> str:
 
         device = pick_device(device).type
     return policy.resolve_name(name, device)
+
+
+def _read_conditions(request: RenderRequest) -> list[NDArray[np.uint8]]:
+    return [read_condition(condition, request.num_frames) for condition in request.conditions]
 
 
 def read_condition(condition: Condition, num_frames: int) -> NDArray[np.uint8]:

@@ -76,6 +76,13 @@ class PassConfig(BaseModel):
         table = _table(blocks)
         return self._entry(table, sigma) if table is not None else blocks  # type: ignore[return-value]
 
+    def blocks(self) -> set[int]:
+        """Every block that is perturbed at some sigma."""
+        starts = self.guidance_timesteps or (1.0,)  # one sigma of each entry
+        return {
+            block for start in starts if self.scale_at(self.stg_scale, start) > 0 for block in self.blocks_at(start)
+        }
+
     def _entry(self, table: tuple[_Entry, ...], sigma: float) -> _Entry:
         """pipeline_ltx_video.py, guidance_mapping; in float32, as there: 0.985 of a schedule must meet 0.985 of a table."""
         starts = self.guidance_timesteps or ()
