@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ltx_batch.books import OpenShard, record_of_line
-from ltx_batch.errors import InvalidRow, MediaError
+from ltx_batch.errors import InvalidRow, LoraError, MediaError
 from ltx_batch.job import JobSpec
 from ltx_batch.ledger import Ledger
-from ltx_batch.manifest import Manifest, Row, Shard, hash_media, resolve_rows
+from ltx_batch.manifest import Manifest, Row, Shard, hash_media, job_loras, resolve_rows, with_lora_hashes
 from ltx_batch.record import RenderRecord
 from ltx_batch.request import RenderRequest
 from ltx_batch.tally import Tally
@@ -56,7 +56,7 @@ class Admission:
         self._fresh = False
         self._earlier: list[tuple[str, dict[str, int]]] = []
         self._charged: Counter[str] = Counter()
-        self._media_sha256: dict[str, str] = {}  # by URI: a picture that many rows use is looked at once a call
+        self._media_sha256: dict[str, str] = {}  # by URI: a picture or LoRA of many rows is looked at once a call
 
     def count_finished(self, shards: Sequence[Shard], tally: Tally, *, retry: bool) -> int:
         """Count the rows of finished shards; returns how many shards this call has to work on."""
@@ -119,7 +119,13 @@ class Admission:
 
     def _prepare(self, todo: _Todo, recipe: Mapping[str, Any], invalid: Mapping[tuple[str, int], str]) -> PreparedShard:
         table = self._manifest.read(todo.shard)
-        rows = resolve_rows(table, manifest=self._manifest, shard=todo.shard, defaults=self._job.defaults)
+        rows = resolve_rows(
+            table,
+            manifest=self._manifest,
+            shard=todo.shard,
+            defaults=self._job.defaults,
+            loras=job_loras(self._job),
+        )
         lines: list[dict[str, Any] | None] = [None] * len(rows)
         if todo.previous is not None:
             lines = self._kept_lines(todo)
@@ -151,12 +157,14 @@ class Admission:
     def _still_holds(self, line: Mapping[str, Any], request: Any, recipe: Mapping[str, Any]) -> bool:
         return isinstance(request, RenderRequest) and request.key(recipe) == line["ltx_key"]
 
-    def _with_hashes(self, row: Row) -> RenderRequest | MediaError | None:
-        if row.request is None or not (row.request.conditions or row.request.input_media):
-            return row.request
+    def _with_hashes(self, row: Row) -> RenderRequest | MediaError | LoraError | None:
+        request, options = row.request, self._job.storage.options
+        if request is None or not (request.conditions or request.input_media or request.loras):
+            return request
         try:
-            return hash_media(row.request, options=self._job.storage.options, cache=self._media_sha256)
-        except MediaError as error:
+            hashed = hash_media(request, options=options, cache=self._media_sha256)
+            return with_lora_hashes(hashed, options, self._media_sha256)
+        except (MediaError, LoraError) as error:
             return error
 
     def _known(self, shard: Shard, keys: set[str]) -> dict[str, RenderRecord]:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ltx_batch.errors import JobError
-from ltx_batch.request import DEFAULT_NEGATIVE_PROMPT, DEFAULT_SEED
+from ltx_batch.request import DEFAULT_NEGATIVE_PROMPT, DEFAULT_SEED, MAX_WEIGHT, parse_lora
 
 Precision = Literal["auto", "fp32", "bf16", "int8", "int8-weight", "bnb-int8", "fp8"]
 Placement = Literal["auto", "resident", "offload", "sharded"]
@@ -19,6 +19,21 @@ Placement = Literal["auto", "resident", "offload", "sharded"]
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoraSpec(_Section):
+    """A LoRA file and how much of it; `PATH` or `PATH:WEIGHT` for short."""
+
+    path: str = Field(min_length=1, description="path or URI of a safetensors file")
+    weight: float = Field(1.0, ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        lora = parse_lora(value)
+        return {"path": lora.path, "weight": lora.weight}
 
 
 class ModelSpec(_Section):
@@ -37,6 +52,9 @@ class ModelSpec(_Section):
         0.0, ge=0, description="bnb-int8 only: outlier threshold; 0 turns the decomposition off"
     )
     skip_modules: tuple[str, ...] = Field((), description="more name patterns of linear layers that stay unquantised")
+    loras: tuple[LoraSpec, ...] = Field(
+        (), description="LoRA files of rows that have none of their own: path and weight, or PATH[:WEIGHT]"
+    )
     renderer: Literal["ltx", "fake"] = Field(
         "ltx", description="fake renders colour bars and scripted faults, for tests"
     )

@@ -170,9 +170,9 @@ def _compare(job: JobSpec, manifest: Manifest, ledger: Ledger) -> _Comparison:
     """Which rows the ledger knows: by this run's finished shards, then by key."""
     try:
         recipe = make_recipe(job)
+        run = run_id(manifest.fingerprint(), recipe, job)
     except CheckpointError as error:
         return _Comparison(note=f"what is done shows only with the checkpoint at hand: {error}")
-    run = run_id(manifest.fingerprint(), recipe, job)
     precision = _precision(job, ledger, run, recipe)
     if precision is None:
         return _Comparison(note="what is done shows once a first run has resolved `precision: auto`")

@@ -7,10 +7,12 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ltx_batch.errors import CheckpointError, LoraError
 from ltx_batch.job import JobSpec
+from ltx_batch.manifest import hash_loras, job_loras
 from ltx_batch.record import SCHEMA_VERSION
 from ltx_batch.renderer import checkpoint_fingerprint
-from ltx_batch.request import canonical
+from ltx_batch.request import LoraRef, canonical, lora_set
 from ltx_batch.storage import read_uri
 
 
@@ -37,15 +39,26 @@ def make_recipe(job: JobSpec) -> dict[str, Any]:
     return recipe
 
 
+def default_loras(job: JobSpec) -> tuple[LoraRef, ...]:
+    """The LoRA files of rows that have none of their own, hashed. Not in the recipe: a row that names them is equal."""
+    try:
+        return lora_set(hash_loras(job_loras(job), job.storage.options))
+    except LoraError as error:
+        raise CheckpointError(f"model.loras: {error}") from error
+
+
 def run_id(manifest: Sequence[Mapping[str, Any]], recipe: Mapping[str, Any], job: JobSpec) -> str:
     """16 hex digits that name a run: the manifest files' bytes, the recipe as asked for, and the job's row defaults.
 
     Where files lie is not in it: a copied manifest is the same run. `shard_rows` is, since shards are named by it.
+    Raises CheckpointError where a LoRA file of the job cannot be hashed.
     """
-    identity = {
+    identity: dict[str, Any] = {
         "manifest": [[part["sha256"], part["rows"]] for part in manifest],
         "recipe": canonical(recipe),
         "defaults": canonical(job.defaults.model_dump()),
         "shard_rows": job.shard_rows,
     }
+    if loras := default_loras(job):  # a row's default too, of which older jobs have none
+        identity["loras"] = canonical(loras)
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]

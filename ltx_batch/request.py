@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,12 @@ def parse_lora(text: str) -> LoraRef:
     return LoraRef(folder + slash + name, number)
 
 
+def lora_set(loras: Iterable[LoraRef]) -> tuple[LoraRef, ...]:
+    """The files that have a weight, in an order of their own: how a row lists them changes nothing."""
+    counted = (lora for lora in loras if lora.weight32 != 0)
+    return tuple(sorted(counted, key=lambda lora: (lora.sha256 or str(lora.path), lora.weight32)))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RenderRequest:
     """One clip to render. Field names are those of the official LTX-Video release.
@@ -104,9 +110,8 @@ class RenderRequest:
 
     @property
     def lora_set(self) -> tuple[LoraRef, ...]:
-        """The LoRA files that have a weight, in an order of their own: how a row lists them changes nothing."""
-        counted = (lora for lora in self.loras if lora.weight32 != 0)
-        return tuple(sorted(counted, key=lambda lora: (lora.sha256 or str(lora.path), lora.weight32)))
+        """What the LoRA files come to, see `lora_set`."""
+        return lora_set(self.loras)
 
     def key(self, recipe: Mapping[str, Any]) -> str:
         """sha256 (hex) of all that changes the video: this request and the job's `recipe`.

@@ -91,11 +91,17 @@ def validate(
     """Check a job file and every row of its manifest, without starting anything. Exit code 2 where rows are bad."""
     from ltx_batch.manifest import Manifest
     from ltx_batch.manifest import validate as check
-    from ltx_batch.renderer import check_built, tokenizer_file
+    from ltx_batch.renderer import check_built, layers_of, tokenizer_file
 
     job = asked(job_file, manifest, output, overrides, skip_invalid, as_json).load()
     check_built(job.model.precision, job.model.placement, job.condition_preprocess)
-    found = check(Manifest.open(job.manifest, options=job.storage.options), job, tokenizer=tokenizer_file(job.model))
+    options = job.storage.options
+    found = check(
+        Manifest.open(job.manifest, options=options),
+        job,
+        tokenizer=tokenizer_file(job.model),
+        layers=lambda: layers_of(job.model, options),
+    )
     _print_validation(found, sys.stderr if as_json else sys.stdout)
     if as_json:
         print_json(found.as_dict())

@@ -1,6 +1,7 @@
 """Manifests: Parquet, CSV or JSONL files whose rows become render requests."""
 
 from ltx_batch.manifest.columns import COLUMNS, Column
+from ltx_batch.manifest.loras import hash_loras, job_loras, with_lora_hashes
 from ltx_batch.manifest.media import hash_media
 from ltx_batch.manifest.read import Manifest, Shard
 from ltx_batch.manifest.rows import Row, resolve_rows, seed_of
@@ -13,8 +14,11 @@ __all__ = [
     "Row",
     "Shard",
     "Validation",
+    "hash_loras",
     "hash_media",
+    "job_loras",
     "resolve_rows",
     "seed_of",
     "validate",
+    "with_lora_hashes",
 ]

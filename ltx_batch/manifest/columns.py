@@ -75,6 +75,7 @@ _CONTRACT = (
     Column("conditioning_strengths", "float", is_list=True, low=0, high=1),
     Column("conditioning_media_sha256", "text", is_list=True),
     Column("input_media_path", "text"),
+    Column("loras", "text", is_list=True),
     Column("priority", "int", low=-(2**31), high=2**31 - 1),
 )
 COLUMNS = {column.name: column for column in _CONTRACT}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ from ltx_batch.errors import RowIssue
 from ltx_batch.job import RowDefaults
 from ltx_batch.manifest.cells import Cells, Fault
 from ltx_batch.manifest.columns import COLUMNS
+from ltx_batch.manifest.loras import NAME, loras_of
 from ltx_batch.manifest.read import Manifest, Shard
 from ltx_batch.manifest.rules import check
-from ltx_batch.request import Condition, RenderRequest
+from ltx_batch.request import Condition, LoraRef, RenderRequest
 from ltx_batch.storage import join_uri
 
 _MAX_VALUE_CHARS = 200  # of a value in an issue: a prompt may be a page long
@@ -43,8 +44,9 @@ def resolve_rows(
     manifest: Manifest,
     shard: Shard,
     defaults: RowDefaults,
+    loras: Sequence[LoraRef] = (),
 ) -> list[Row]:
-    """The rows of a shard's table in order, with every default resolved.
+    """The rows of a shard's table in order, with every default resolved; `loras` is what a row without its own gets.
 
     A row that breaks rules has no request and all its issues. No file is opened: media are full URIs, their hash is
     the manifest's or None. Which rows repeat a `row_id`, and which media are missing, is for `validate` to find.
@@ -59,7 +61,7 @@ def resolve_rows(
     for index in range(table.num_rows):
         values = {name: column[index] for name, column in columns.items() if column[index] is not None}
         broken = tuple(issues[index])
-        request = None if broken else _request(values, folder_of(file), defaults)
+        request = None if broken else _request(values, folder_of(file), defaults, tuple(loras))
         place, row_id = shard.offset + index, values.get("row_id")
         rows.append(Row(file, place, row_id, request, broken, values.get("priority", 0)))
     return rows
@@ -99,7 +101,9 @@ def folder_of(file: str) -> str:
     return folder or slash or "."
 
 
-def _request(values: Mapping[str, Any], folder: str, defaults: RowDefaults) -> RenderRequest:
+def _request(
+    values: Mapping[str, Any], folder: str, defaults: RowDefaults, loras: tuple[LoraRef, ...]
+) -> RenderRequest:
     fields = {name: values.get(name, getattr(defaults, name)) for name in _DEFAULTED}
     if "seed" not in values and "row_id" in values:
         fields["seed"] = seed_of(values["row_id"])
@@ -107,7 +111,9 @@ def _request(values: Mapping[str, Any], folder: str, defaults: RowDefaults) -> R
         fields["timesteps"] = tuple(fields["timesteps"])
     begin = values.get("input_media_path")
     fields["input_media"] = None if begin is None else Condition(join_uri(folder, begin))
-    return RenderRequest(prompt=values["prompt"], conditions=_conditions(values, folder), **fields)
+    if NAME in values:  # an empty list means none
+        loras = loras_of(values[NAME], folder)
+    return RenderRequest(prompt=values["prompt"], conditions=_conditions(values, folder), loras=loras, **fields)
 
 
 def _conditions(values: Mapping[str, Any], folder: str) -> tuple[Condition, ...]:

@@ -10,6 +10,7 @@ from ltx_batch.errors import JobError
 from ltx_batch.job import RowDefaults
 from ltx_batch.manifest.cells import Cells, Fault, Mask
 from ltx_batch.manifest.columns import COLUMNS, UNREADABLE
+from ltx_batch.manifest.loras import check_loras
 
 _SHA256 = "^[0-9a-f]{64}$"
 _PATHS = "conditioning_media_paths"
@@ -24,6 +25,7 @@ def check(table: pa.Table, defaults: RowDefaults) -> tuple[Cells, list[Fault]]:
     _check_numbers(cells)
     _check_timesteps(cells)
     _check_conditions(cells, defaults)
+    check_loras(cells)
     unreadable = _unreadable(table)
     lost = {fault.row for fault in unreadable}  # a line that is no row breaks no other rule
     faults = unreadable + [fault for fault in cells.faults if fault.row not in lost]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,8 +14,10 @@ import pyarrow.compute as pc
 
 from ltx_batch.errors import CheckpointError, ManifestError, RowIssue
 from ltx_batch.job import JobSpec
+from ltx_batch.lora import Shapes
 from ltx_batch.manifest.cells import Cells, Fault
 from ltx_batch.manifest.columns import COLUMNS, MAX_TOKENS, near_misses
+from ltx_batch.manifest.loras import LoraLookup, check_job_loras
 from ltx_batch.manifest.media import MediaLookup
 from ltx_batch.manifest.read import Manifest, Shard
 from ltx_batch.manifest.rows import folder_of, issues_of
@@ -58,13 +60,23 @@ class Validation:
         }
 
 
-def validate(manifest: Manifest, job: JobSpec, *, tokenizer: Path | None) -> Validation:
+def validate(
+    manifest: Manifest,
+    job: JobSpec,
+    *,
+    tokenizer: Path | None,
+    layers: Callable[[], Shapes | None] = lambda: None,
+) -> Validation:
     """Check every row, and what only the whole manifest shows: repeated row_ids and missing media.
 
-    `tokenizer` is a tokenizer.json; None leaves the length of prompts unchecked. Raises JobError where the job's own
-    defaults break a rule, CheckpointError for a tokenizer that cannot be read.
+    `tokenizer` is a tokenizer.json; None leaves the length of prompts unchecked. `layers` gives the
+    transformer's linear layers, and is asked where there are LoRA files; None leaves unchecked whether they fit. Raises
+    JobError where the job's own defaults break a rule, CheckpointError for a tokenizer or a LoRA file of the job that
+    cannot be used.
     """
     check_defaults(job.defaults)
+    loras = LoraLookup(job.storage.options, layers)
+    check_job_loras(job, loras)
     found = Validation(manifest.rows)
     media, tokens, ids = MediaLookup(job.storage.options), TokenCounter(tokenizer), RowIds(manifest)
     unseeded = 0
@@ -72,7 +84,8 @@ def validate(manifest: Manifest, job: JobSpec, *, tokenizer: Path | None) -> Val
         file = manifest.files[shard.file].uri
         cells, broken = check(table, job.defaults)
         folder = folder_of(file)
-        faults = in_order(broken + media.missing(cells, folder) + media.stills(cells, folder, job.defaults.num_frames))
+        missing = media.missing(cells, folder) + loras.faults(cells, folder)
+        faults = in_order(broken + missing + media.stills(cells, folder, job.defaults.num_frames))
         found.add_errors(issues_of(table, cells, faults, file=file, offset=shard.offset), len(faults))
         doubts = tokens.too_long(cells)
         found.add_warnings(issues_of(table, cells, doubts, file=file, offset=shard.offset), len(doubts))
