@@ -27,6 +27,7 @@ from ltx_batch.errors import LtxBatchError
 from ltx_batch.fake import FakeRenderer, write_fake_video
 from ltx_batch.job import JobSpec
 from ltx_batch.ledger import Ledger
+from ltx_batch.lora import LoraCache
 from ltx_batch.media import write_clip
 from ltx_batch.model.frames import load_media
 from ltx_batch.record import RenderRecord
@@ -57,6 +58,7 @@ class Worker:
         self._plan = plan
         self._ledger = Ledger(open_output(plan.job))
         self._rendering = threading.Lock()
+        self._loras = LoraCache(plan.job.storage.options)
         started_s = time.perf_counter()
         self._renderer = open_renderer(plan)
         self.load_s = time.perf_counter() - started_s
@@ -93,8 +95,9 @@ class Worker:
         self._renderer.close()
 
     def _fetch(self, request: RenderRequest) -> RenderRequest:
-        """The request with its media read into memory and checked against their hashes."""
-        return load_media(request, self._plan.job.storage.options)
+        """The request with its media and LoRA files read into memory and checked against their hashes."""
+        loras = tuple(map(self._loras.fetch, request.lora_set))
+        return replace(load_media(request, self._plan.job.storage.options), loras=loras)
 
     def _render(
         self, ready: list[tuple[Task, RenderRequest, float]], records: dict[str, RenderRecord]

@@ -61,7 +61,7 @@ def load_adapter(lora: LoraRef) -> Adapter:
     return Adapter(file, updates, lora.weight32, lora.sha256)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def apply_loras(transformer: nn.Module, adapters: Sequence[Adapter], device: torch.device) -> LoraHandle:
     """Put all of `adapters` on the transformer at once, and return what takes them off again.
 
@@ -148,7 +148,7 @@ class LoraHandle:
         self._undo.append(partial(_detach, layer, hook))
         self.applied += 1
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def remove(self) -> None:
         """Give the transformer back the bits it had."""
         while self._undo:

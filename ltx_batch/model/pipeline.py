@@ -20,6 +20,7 @@ from ltx_batch.model.conditioning import encode_media, start_tokens
 from ltx_batch.model.decode import decode_row
 from ltx_batch.model.denoise import denoise_pass
 from ltx_batch.model.latents import from_tokens
+from ltx_batch.model.lora import LoraSwitch
 from ltx_batch.model.noise import Noise
 from ltx_batch.model.pipeline_config import PipelineConfig
 from ltx_batch.model.placement import device_name
@@ -97,6 +98,7 @@ class LtxPipeline:
         self.device = device
         self.scheduler: SchedulerConfig = parts.scheduler
         self.transformer = parts.transformer.to(device)
+        self.loras = LoraSwitch(self.transformer, device)
         self.vae = parts.vae.to(device)
         self.latent_upsampler = None if parts.latent_upsampler is None else parts.latent_upsampler.to(device)
         modules = {
@@ -208,7 +210,7 @@ class LtxPipeline:
         """Give the memory back."""
         if self.turns is not None:
             self.turns.close()
-        del self.transformer, self.vae, self.text, self.latent_upsampler
+        del self.transformer, self.loras, self.vae, self.text, self.latent_upsampler
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -28,6 +28,7 @@ def render_batch(
     on_gpu = pipeline.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(pipeline.device)
+    pipeline.loras.use(requests[0].lora_set, watch)
     with watch.stage("text"):
         texts = [
             (
@@ -44,7 +45,7 @@ def render_batch(
     frames = _render_alike(pipeline, plan, rows, watch)
     peak_bytes = torch.cuda.max_memory_allocated(pipeline.device) if on_gpu else None
     timings = {name: seconds / len(requests) for name, seconds in watch.seconds.items()}
-    ran = {**pipeline.ran, "batch_size": len(requests), "text": pipeline.text_told()}
+    ran = {**pipeline.ran, **pipeline.loras.ran, "batch_size": len(requests), "text": pipeline.text_told()}
     return [Clip(pixels, plan.frame_rate, dict(timings), dict(ran), peak_bytes) for pixels in frames]
 
 

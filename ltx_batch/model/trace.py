@@ -42,6 +42,8 @@ def trace_request(
     noise: Noise | None,
 ) -> Trace:
     """What is None is made as `render` makes it."""
+    watch = Stopwatch(pipeline.device)
+    pipeline.loras.use(request.lora_set, watch)
     if negative is None and plan.needs_negative:
         negative = pipeline.encode(request.negative_prompt, negative=True)
     row = Row(
@@ -50,7 +52,7 @@ def trace_request(
         conditions=tuple(conditions),
         noise=noise or row_noise(request.seed),
     )
-    rendered = pipeline.render(plan, [row], Stopwatch(pipeline.device), finish=lambda video: video / 2 + 0.5)
+    rendered = pipeline.render(plan, [row], watch, finish=lambda video: video / 2 + 0.5)
     first, *second = rendered.latents
     return Trace(first, second[0] if second else None, rendered.frames[0])
 
