@@ -14,7 +14,7 @@ from ltx_batch.errors import JobError
 
 if TYPE_CHECKING:
     from ltx_batch.clip import Clip
-    from ltx_batch.request import RenderRequest
+    from ltx_batch.request import LoraRef, RenderRequest
 
 _SUFFIXES = (".mp4", ".png")
 # The demo model is trained on small clips; other checkpoints get the official defaults of RenderRequest.
@@ -33,6 +33,9 @@ def render(
     negative_prompt: Annotated[str | None, typer.Option(help="What the clip does not show.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1: off. Default: the pipeline config's.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Default: the pipeline config's.")] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="LoRA file and how much of it. Repeatable.")
+    ] = None,
     checkpoint: Annotated[str, typer.Option(help="demo, a folder, a URI or a hub id.")] = "demo",
     pipeline_config: Annotated[str | None, typer.Option(help="Path or URI of an official YAML.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, bnb-int8.")] = "auto",
@@ -56,6 +59,7 @@ def render(
         "guidance_scale": guidance_scale,
         "num_inference_steps": num_inference_steps,
     }
+    given["loras"] = _loras(lora, checkpoint) if lora else None
     request = _request(prompt, image, output, given, _DEMO_SIZE if checkpoint == "demo" else {})
     started_s = time.monotonic()
     clip = _render(request, checkpoint, precision=precision, device=device, pipeline_config=pipeline_config)
@@ -82,6 +86,20 @@ def _request(
     one_frame = {"num_frames": 1} if output.suffix.lower() == ".png" else {}
     conditions = () if image is None else (Condition(image),)
     return RenderRequest(prompt=prompt, conditions=conditions, **{**defaults, **one_frame, **chosen})
+
+
+def _loras(texts: list[str], checkpoint: str) -> tuple[LoraRef, ...]:
+    """Raises JobError for a text that names no file and weight, CheckpointError for files that cannot be used."""
+    from ltx_batch.job import ModelSpec
+    from ltx_batch.manifest.loras import LoraLookup, check_files, loras_of
+    from ltx_batch.renderer import layers_of
+
+    try:
+        loras = loras_of(texts, ".")
+    except ValueError as error:
+        raise JobError(f"--lora: {error}") from None
+    check_files(loras, LoraLookup(None, lambda: layers_of(ModelSpec(checkpoint=checkpoint))), name="--lora")
+    return loras
 
 
 def _render(request: RenderRequest, checkpoint: str, **options: Any) -> Clip:

@@ -95,11 +95,16 @@ def job_loras(job: JobSpec) -> tuple[LoraRef, ...]:
     return tuple(LoraRef(join_uri(".", lora.path), lora.weight) for lora in job.model.loras)
 
 
-def check_job_loras(job: JobSpec, lookup: LoraLookup) -> None:
-    """Raises CheckpointError with every file of the job that is missing, is no LoRA or does not fit."""
-    faults = lookup.look([str(lora.path) for lora in job_loras(job)])
-    if faults:
-        raise CheckpointError("\n".join(f"model.loras: {fault}" for fault in faults))
+def check_files(loras: Sequence[LoraRef], lookup: LoraLookup, *, name: str = "model.loras") -> None:
+    """Raises CheckpointError with every file that is missing, is no LoRA, does not fit or is there twice."""
+    uris = [str(lora.path) for lora in loras]
+    twice = [
+        f"{uri} is named twice: give it once, with the sum of the weights"
+        for uri in dict.fromkeys(uris)
+        if uris.count(uri) > 1
+    ]
+    if faults := lookup.look(uris) + twice:
+        raise CheckpointError("\n".join(f"{name}: {fault}" for fault in faults))
 
 
 def hash_loras(

@@ -17,7 +17,7 @@ from ltx_batch.job import JobSpec
 from ltx_batch.lora import Shapes
 from ltx_batch.manifest.cells import Cells, Fault
 from ltx_batch.manifest.columns import COLUMNS, MAX_TOKENS, near_misses
-from ltx_batch.manifest.loras import LoraLookup, check_job_loras
+from ltx_batch.manifest.loras import LoraLookup, check_files, job_loras
 from ltx_batch.manifest.media import MediaLookup
 from ltx_batch.manifest.read import Manifest, Shard
 from ltx_batch.manifest.rows import folder_of, issues_of
@@ -76,7 +76,7 @@ def validate(
     """
     check_defaults(job.defaults)
     loras = LoraLookup(job.storage.options, layers)
-    check_job_loras(job, loras)
+    check_files(job_loras(job), loras)
     found = Validation(manifest.rows)
     media, tokens, ids = MediaLookup(job.storage.options), TokenCounter(tokenizer), RowIds(manifest)
     unseeded = 0
