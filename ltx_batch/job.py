@@ -143,7 +143,10 @@ class JobSpec(_Section):
     batch_size: int = Field(1, ge=1, description="rows of equal shape in one forward pass")
     shard_rows: int = Field(512, ge=1, description="rows a unit of bookkeeping")
     defaults: RowDefaults = Field(default_factory=RowDefaults)
-    condition_preprocess: Literal["none", "official"] = "none"
+    condition_preprocess: Literal["none", "official"] | None = Field(
+        None,
+        description="official: crop, blur and compress media as the official code does; None: official with a preset, else none",
+    )
     video: VideoSpec = Field(default_factory=VideoSpec)
     attempts: AttemptPolicy = Field(default_factory=AttemptPolicy)
     stop_after_failures: int = Field(20, ge=1, description="failed rows before the first ok one that stop the run")

@@ -11,7 +11,7 @@ from ltx_batch.errors import CheckpointError, LoraError
 from ltx_batch.job import JobSpec
 from ltx_batch.manifest import hash_loras, job_loras
 from ltx_batch.record import SCHEMA_VERSION
-from ltx_batch.renderer import checkpoint_fingerprint
+from ltx_batch.renderer import checkpoint_fingerprint, resolve_preprocess
 from ltx_batch.request import LoraRef, canonical, lora_set
 from ltx_batch.storage import read_uri
 
@@ -22,7 +22,7 @@ def make_recipe(job: JobSpec) -> dict[str, Any]:
     recipe: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "precision": model.precision,
-        "condition_preprocess": job.condition_preprocess,
+        "condition_preprocess": resolve_preprocess(job.condition_preprocess, model.pipeline_config),
         "video": job.video.model_dump(),
     }
     if model.renderer == "fake":

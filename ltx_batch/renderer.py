@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ltx_batch.clip import Clip
-from ltx_batch.errors import CheckpointError, JobError, MediaError
+from ltx_batch.errors import CheckpointError, JobError
 from ltx_batch.job import ModelSpec
 from ltx_batch.lora import Shapes
 from ltx_batch.model.fetch import SCHEDULER_FILE, checkpoint_files, local_folder
+from ltx_batch.model.frames import load_media
 from ltx_batch.model.layers import transformer_layers
 from ltx_batch.model.pipeline_config import FILE_NAME, PipelineConfig, load_pipeline_config
 from ltx_batch.model.plan import Plan, plan_request
+from ltx_batch.model.presets import PRESETS
 from ltx_batch.model.quantize import policy
 from ltx_batch.model.sigmas import SchedulerConfig
-from ltx_batch.request import Condition, RenderRequest
-from ltx_batch.storage import fetch_uri, is_local_uri, read_uri, sha256_uri
+from ltx_batch.model.text_key import TextIdentity, encoder_fingerprint, is_text
+from ltx_batch.request import RenderRequest
+from ltx_batch.storage import Storage, read_uri, sha256_uri
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +41,10 @@ class Renderer(Protocol):
     device: str
     precision: str
 
+    def prepare(self, request: RenderRequest) -> None:
+        """Fetch what can be had before the request's turn, from any thread. Raises RowError where it cannot be rendered."""
+        ...
+
     def render(self, requests: Sequence[RenderRequest]) -> list[Clip]:
         """Clips of requests that share one `batch_key()`, in order."""
         ...
@@ -54,9 +58,18 @@ class LtxRenderer:
     `weights_bytes` are bytes by part on the device, `device` is "cpu" or the GPU's model, `precision` the resolved name.
     """
 
-    def __init__(self, pipeline: LtxPipeline, config: PipelineConfig) -> None:
+    def __init__(
+        self,
+        pipeline: LtxPipeline,
+        config: PipelineConfig,
+        *,
+        condition_preprocess: str = "none",
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
         self._pipeline = pipeline
         self._config = config
+        self._preprocess = condition_preprocess
+        self._options = options
         self.weights_bytes: Mapping[str, int] = dict(pipeline.weights_bytes)
         self.device: str = pipeline.ran["device"]
         self.precision: str = pipeline.ran["precision"]
@@ -65,19 +78,26 @@ class LtxRenderer:
         """What rendering the request will do. Raises InvalidRow."""
         return plan_request(request, self._config, self._pipeline.scheduler)
 
+    def prepare(self, request: RenderRequest) -> None:
+        """Fetch the request's embeddings from the text cache, where there is one. Raises EmbeddingMissing, InvalidRow."""
+        self._pipeline.text.fetch(request.prompt)
+        if self.plan(request).needs_negative:
+            self._pipeline.text.fetch(request.negative_prompt, negative=True)
+
     def render(self, requests: Sequence[RenderRequest]) -> list[Clip]:
         """Clips in order; a stage's seconds are shared evenly among the clips of a batch.
 
         Media may be uint8 arrays, paths or URIs. Raises ValueError where the requests do not share a batch key,
-        InvalidRow where one breaks a rule of the model, MediaError where media are unreadable.
+        InvalidRow where one breaks a rule of the model, MediaError where media are unreadable or too short,
+        EmbeddingMissing where the text cache lacks a prompt and there is no text encoder.
         """
         from ltx_batch.model.render import render_batch
 
         if len({request.batch_key() for request in requests}) > 1:
             raise ValueError("the requests of one render call must share their batch_key()")
         plans = [self.plan(request) for request in requests]
-        media = [_read_conditions(request) for request in requests]
-        return render_batch(self._pipeline, plans[0], requests, media) if requests else []
+        loaded = [load_media(request, self._options) for request in requests]
+        return render_batch(self._pipeline, plans[0], loaded, self._preprocess) if requests else []
 
     def trace(
         self,
@@ -97,13 +117,15 @@ class LtxRenderer:
         size (each pass resizes them); they take the place of the request's. `noise(name, shape)` gives every draw:
         docs/pipeline.md lists names and shapes. Raises ValueError where tensors do not fit, InvalidRow as `plan` does.
         """
-        from ltx_batch.model.render import prepare_conditions
+        from ltx_batch.model.render import prepare_conditions, prepare_input
         from ltx_batch.model.trace import given_conditions, given_text, trace_request
 
         plan = self.plan(request)
         if conditions is None:
-            items = prepare_conditions(request, _read_conditions(request), plan)
+            request = load_media(request, self._options)
+            items = prepare_conditions(request, plan, self._preprocess)
         else:
+            request = load_media(replace(request, conditions=()), self._options)
             items = given_conditions(conditions, plan)
         return trace_request(
             self._pipeline,
@@ -112,6 +134,7 @@ class LtxRenderer:
             prompt=given_text("prompt", prompt_embeds, prompt_attention_mask),
             negative=given_text("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask),
             conditions=items,
+            media=prepare_input(request, plan, self._preprocess),
             noise=noise,
         )
 
@@ -128,22 +151,28 @@ def load_renderer(
     upsampler: str | None = None,
     text_encoder: str | None = None,
     placement: str = "auto",
-    condition_preprocess: str = "none",
+    condition_preprocess: str | None = None,
     llm_int8_threshold: float = 0.0,
     skip_modules: Sequence[str] = (),
     torch_threads: int | None = None,
     options: Mapping[str, Any] | None = None,
+    text: str = "inline",
+    text_cache: str | Storage | None = None,
+    text_fingerprint: str | None = None,
 ) -> LtxRenderer:
     """Load a checkpoint: the name `demo`, a folder, a URI or a hub id.
 
     `pipeline_config` is a preset's name, or a path or URI of an official YAML file; without it the checkpoint folder's own
-    holds, else the
-    official base defaults. `torch_threads` pins torch's CPU threads, on which pixels hang; `options` are fsspec options for
-    URIs. Raises CheckpointError, PrecisionError or JobError before any weight is loaded, where it can.
+    holds, else the official base defaults. `condition_preprocess` is none or official; None: what `resolve_preprocess`
+    says. `torch_threads` pins torch's CPU threads, on which pixels hang; `options` are fsspec options for URIs.
+    `text_cache` is a folder or URI of embeddings, which are read from it and, with `text` inline, added to it; with
+    `text` precomputed no text encoder is ever loaded. `text_fingerprint` spares hashing its files: see
+    `encoder_fingerprint`. Raises CheckpointError, PrecisionError or JobError before any weight is loaded, where it can.
     """
     check_built(precision, placement, condition_preprocess)
     from ltx_batch.model.pipeline import LtxPipeline
     from ltx_batch.model.placement import pick_device, use_threads
+    from ltx_batch.model.text_cache import open_text_cache
 
     if torch_threads is not None:
         use_threads(torch_threads)
@@ -152,9 +181,16 @@ def load_renderer(
     folder = local_folder(resolve_checkpoint(checkpoint), options)
     config = load_pipeline_config(pipeline_config, folder, options=options)
     text_folder = local_folder(text_encoder, options) if text_encoder is not None else None
-    pipeline = LtxPipeline(folder, chosen, place, text_encoder=text_folder)
+    cache = None
+    if text_cache is not None:
+        fingerprint = text_fingerprint or _text_fingerprint(text_encoder or checkpoint, options)
+        cache = open_text_cache(text_cache, TextIdentity(fingerprint, chosen.dtype), options)
+    pipeline = LtxPipeline(
+        folder, chosen, place, text_encoder=text_folder, text_cache=cache, with_text=text == "inline"
+    )
     pipeline.check(config)
-    return LtxRenderer(pipeline, config)
+    preprocess = resolve_preprocess(condition_preprocess, pipeline_config)
+    return LtxRenderer(pipeline, config, condition_preprocess=preprocess, options=options)
 
 
 def load_planner(
@@ -195,6 +231,11 @@ def checkpoint_fingerprint(checkpoint: str, *, options: Mapping[str, Any] | None
     return {"files": {name: sha256_uri(ref, options) for name, ref in sorted(files.items())}}
 
 
+def _text_fingerprint(checkpoint: str, options: Mapping[str, Any] | None) -> str:
+    files = checkpoint_files(resolve_checkpoint(checkpoint), options)
+    return encoder_fingerprint({name: sha256_uri(ref, options) for name, ref in files.items() if is_text(name)})
+
+
 def tokenizer_file(model: ModelSpec) -> Path | None:
     """The checkpoint's tokenizer.json where it lies on this machine, for counting tokens without the model; else None."""
     if not model.checkpoint or model.renderer == "fake":
@@ -210,15 +251,20 @@ def layers_of(model: ModelSpec, options: Mapping[str, Any] | None = None) -> Sha
     return transformer_layers(resolve_checkpoint(model.checkpoint), options)
 
 
-def check_built(precision: str, placement: str, condition_preprocess: str) -> None:
+def check_built(precision: str, placement: str, condition_preprocess: str | None) -> None:
     """Raises JobError or PrecisionError for a value that has a name but no code yet, before anything is started."""
     policy.resolve_name(precision, "cpu")
     if placement not in ("auto", "resident"):
         known = placement in ("offload", "sharded")
         fault = f"placement {placement} is not built yet" if known else f"unknown placement {placement!r}"
         raise JobError(f"{fault}; what works: auto, resident")
-    if condition_preprocess != "none":
-        raise JobError(f"condition_preprocess: {condition_preprocess} is not built yet; what works: none")
+    if condition_preprocess not in (None, "none", "official"):
+        raise JobError(f"unknown condition_preprocess {condition_preprocess!r}; what works: none, official")
+
+
+def resolve_preprocess(asked: str | None, pipeline_config: str | None) -> str:
+    """What is asked for; else official with a preset, which promises the official picture, and none with anything else."""
+    return asked or ("official" if pipeline_config in PRESETS else "none")
 
 
 def resolve_precision(name: str, device: str) -> str:
@@ -228,25 +274,3 @@ def resolve_precision(name: str, device: str) -> str:
 
         device = pick_device(device).type
     return policy.resolve_name(name, device)
-
-
-def _read_conditions(request: RenderRequest) -> list[NDArray[np.uint8]]:
-    return [read_condition(condition, request.num_frames) for condition in request.conditions]
-
-
-def read_condition(condition: Condition, num_frames: int) -> NDArray[np.uint8]:
-    """The media as uint8 RGB frames [F, H, W, 3], at most what a clip of `num_frames` can use. Raises MediaError."""
-    if isinstance(condition.media, np.ndarray):
-        return condition.media
-    from ltx_batch.media import read_media
-
-    source, num_frames = str(condition.media), num_frames - condition.start_frame
-    if is_local_uri(source):
-        return read_media(source, num_frames=num_frames)
-    with TemporaryDirectory(prefix="ltx_batch-") as scratch:
-        target = Path(scratch, Path(source).name)
-        try:
-            fetch_uri(source, target)
-        except FileNotFoundError:
-            raise MediaError(f"{source} does not exist") from None
-        return read_media(target, num_frames=num_frames)

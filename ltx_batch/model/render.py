@@ -14,16 +14,12 @@ from ltx_batch.model.decode import to_uint8
 from ltx_batch.model.noise import row_noise
 from ltx_batch.model.pipeline import LtxPipeline, Row, Stopwatch
 from ltx_batch.model.plan import Plan
-from ltx_batch.model.preprocess import ConditionItem, prepare_media
+from ltx_batch.model.preprocess import ConditionItem, prepare_input_media, prepare_media
 from ltx_batch.request import RenderRequest
 
-Media = Sequence[NDArray[np.uint8]]
 
-
-def render_batch(
-    pipeline: LtxPipeline, plan: Plan, requests: Sequence[RenderRequest], media: Sequence[Media]
-) -> list[Clip]:
-    """A clip for each request, in order; `media` holds uint8 frames [F, H, W, 3] for each condition of each request."""
+def render_batch(pipeline: LtxPipeline, plan: Plan, requests: Sequence[RenderRequest], preprocess: str) -> list[Clip]:
+    """A clip for each request, in order. Their media are loaded: uint8 frames [F, H, W, 3]."""
     watch = Stopwatch(pipeline.device)
     on_gpu = pipeline.device.type == "cuda"
     if on_gpu:
@@ -39,8 +35,14 @@ def render_batch(
         ]
     with watch.stage("condition"):
         rows = [
-            Row(prompt, negative, prepare_conditions(request, found, plan), row_noise(request.seed))
-            for request, found, (prompt, negative) in zip(requests, media, texts, strict=True)
+            Row(
+                prompt,
+                negative,
+                prepare_conditions(request, plan, preprocess),
+                row_noise(request.seed),
+                prepare_input(request, plan, preprocess),
+            )
+            for request, (prompt, negative) in zip(requests, texts, strict=True)
         ]
     frames = _render_alike(pipeline, plan, rows, watch)
     peak_bytes = torch.cuda.max_memory_allocated(pipeline.device) if on_gpu else None
@@ -49,11 +51,17 @@ def render_batch(
     return [Clip(pixels, plan.frame_rate, dict(timings), dict(ran), peak_bytes) for pixels in frames]
 
 
-def prepare_conditions(request: RenderRequest, media: Media, plan: Plan) -> tuple[ConditionItem, ...]:
+def prepare_conditions(request: RenderRequest, plan: Plan, preprocess: str) -> tuple[ConditionItem, ...]:
     return tuple(
-        prepare_media(frames, condition.start_frame, condition.strength, plan.target)
-        for condition, frames in zip(request.conditions, media, strict=True)
+        prepare_media(np.asarray(one.media), one.start_frame, one.strength, plan.target, preprocess)
+        for one in request.conditions
     )
+
+
+def prepare_input(request: RenderRequest, plan: Plan, preprocess: str) -> torch.Tensor | None:
+    """What video to video begins from; None where the clip begins from noise."""
+    begin = request.input_media
+    return None if begin is None else prepare_input_media(np.asarray(begin.media), plan.target, preprocess)
 
 
 def _render_alike(pipeline: LtxPipeline, plan: Plan, rows: Sequence[Row], watch: Stopwatch) -> list[NDArray[np.uint8]]:

@@ -39,6 +39,7 @@ def trace_request(
     prompt: Text | None,
     negative: Text | None,
     conditions: Sequence[ConditionItem],
+    media: torch.Tensor | None,
     noise: Noise | None,
 ) -> Trace:
     """What is None is made as `render` makes it."""
@@ -51,6 +52,7 @@ def trace_request(
         negative=None if negative is None else negative.to(pipeline.device),
         conditions=tuple(conditions),
         noise=noise or row_noise(request.seed),
+        media=media,
     )
     rendered = pipeline.render(plan, [row], watch, finish=lambda video: video / 2 + 0.5)
     first, *second = rendered.latents

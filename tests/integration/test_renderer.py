@@ -328,7 +328,7 @@ def test_latents_that_are_not_finite_are_an_error(tiny: Path) -> None:
         ({"placement": "offload"}, JobError, "not built yet; what works: auto, resident"),
         ({"placement": "moon"}, JobError, "unknown placement"),
         ({"upsampler": "x"}, JobError, "multi-scale rendering, which is not built yet"),
-        ({"condition_preprocess": "official"}, JobError, "not built yet; what works: none"),
+        ({"condition_preprocess": "some"}, JobError, "unknown condition_preprocess 'some'; what works: none, official"),
         ({"pipeline_config": "nowhere.yaml"}, JobError, "no pipeline config at nowhere.yaml"),
         ({"device": "tpu"}, JobError, "what works: auto, cpu, cuda"),
     ],
