@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from ltx_batch.errors import JobError
-from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config, parse_pipeline_config
+from ltx_batch.model.pipeline_config import (
+    PipelineConfig,
+    load_pipeline_config,
+    parse_pipeline_config,
+    pipeline_config_sha256,
+)
+from ltx_batch.model.presets import PRESETS
 
 DISTILLED = """
 pipeline_type: base
@@ -82,21 +88,88 @@ def test_every_fault_is_told_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "text",
+    ("data", "message"),
     [
-        {"pipeline_type": "multi-scale", "first_pass": {"timesteps": [1.0]}, "second_pass": {"timesteps": [0.9]}},
-        {"stg_scale": 1},
-        {"stg_scale": [0, 0, 4], "guidance_timesteps": [1.0, 0.99, 0.5]},
-        {"stochastic_sampling": True},
-        {"cfg_star_rescale": True},
-        {"skip_final_inference_steps": 3},
-        {"precision": "float8_e4m3fn"},
+        (
+            {"stg_scale": [0, 0, 4], "guidance_timesteps": [1.0, 0.99]},
+            "stg_scale has 3 entries, and guidance_timesteps has 2",
+        ),
+        ({"skip_block_list": [[1], []]}, "skip_block_list has 2 entries, and guidance_timesteps has 0"),
+        ({"pipeline_type": "multi-scale", "first_pass": {}}, "needs both first_pass and second_pass"),
+        ({"stg_mode": "stg_x"}, "stg_mode: .*found 'stg_x'"),
+        ({"downscale_factor": 1.5}, "downscale_factor: .*less than or equal to 1"),
     ],
-    ids=lambda text: next(iter(text)),
 )
-def test_what_is_not_built_is_refused_and_not_ignored(text: dict[str, object]) -> None:
-    with pytest.raises(JobError, match=f"not built yet: {next(iter(text))}"):
-        parse_pipeline_config(text, source="x.yaml")
+def test_what_does_not_fit_together_is_told(data: dict[str, object], message: str) -> None:
+    with pytest.raises(JobError, match=message):
+        parse_pipeline_config(data, source="x.yaml")
+
+
+def test_tables_of_a_pass_may_lean_on_what_stands_beside_the_passes() -> None:
+    data = {
+        "pipeline_type": "multi-scale",
+        "guidance_timesteps": [1.0, 0.5],
+        "guidance_scale": 2,
+        "first_pass": {"guidance_scale": [1, 6]},
+        "second_pass": {"cfg_star_rescale": True},
+    }
+    first, second = parse_pipeline_config(data, source="x.yaml").passes
+    assert (first.guidance_scale, second.guidance_scale) == ((1.0, 6.0), 2.0)
+    assert (first.cfg_star_rescale, second.cfg_star_rescale) == (False, True)
+
+
+@pytest.mark.parametrize("short", ["stg_av", "STG_AV", "Attention_Values"])
+def test_short_names_of_the_modes_are_known(short: str) -> None:
+    assert parse_pipeline_config({"stg_mode": short}, source="x.yaml").stg_mode == "attention_values"
+
+
+def test_tables_are_looked_up_in_float32_as_the_official_code_does() -> None:
+    one = parse_pipeline_config(
+        {"guidance_scale": [1, 2, 3], "guidance_timesteps": [1.0, 0.985, 0.5]}, source="x.yaml"
+    ).passes[0]
+    nearly = 1 - 9 * 0.025 / 15 - 1e-9  # below 0.985 in float64, the same float32
+    assert one.scale_at(one.guidance_scale, nearly) == 2
+    assert one.scale_at(one.guidance_scale, 0.98) == 3
+    assert one.scale_at(one.guidance_scale, 0.1) == 3, "below the last entry that one holds"
+
+
+def test_blocks_may_be_one_some_or_a_table() -> None:
+    def at(blocks: object, sigma: float) -> tuple[int, ...]:
+        data = {"skip_block_list": blocks, "guidance_timesteps": [1.0, 0.5]}
+        return parse_pipeline_config(data, source="x.yaml").passes[0].blocks_at(sigma)
+
+    assert [at(blocks, 0.7) for blocks in (7, [7, 8], [], [[], [7, 9]], None)] == [(7,), (7, 8), (), (7, 9), ()]
+    assert at([[], [7, 9]], 1.0) == ()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_config_by_its_name(name: str) -> None:
+    config = load_pipeline_config(name)
+    assert config == parse_pipeline_config(dict(PRESETS[name]), source=name)
+    assert config.checkpoint_path is not None
+    assert len(config.passes) == (1 if "0.9.8" not in name and "0.9.7" not in name else 2)
+    assert config.resolve_precision() == ("fp8" if name.endswith("fp8") else "bf16")
+    assert len(pipeline_config_sha256(name)) == 64
+
+
+def test_presets_differ_and_so_do_their_hashes() -> None:
+    assert len({pipeline_config_sha256(name) for name in PRESETS}) == len(PRESETS)
+
+
+def test_the_values_that_tell_the_presets_apart() -> None:
+    distilled, dev = load_pipeline_config("ltxv-13b-0.9.8-distilled"), load_pipeline_config("ltxv-13b-0.9.8-dev")
+    assert [len(one.timesteps or ()) for one in distilled.passes] == [7, 3]
+    assert distilled.passes[1].tone_map_compression_ratio == 0.6
+    assert load_pipeline_config("ltxv-2b-0.9.8-distilled").passes[1].tone_map_compression_ratio == 0
+    assert [one.num_inference_steps for one in dev.passes] == [30, 30]
+    assert dev.passes[0].blocks() == {22, 28, 35, 39}  # the blocks 11 and 25 stand where stg_scale is 0
+    assert dev.passes[1].blocks() == {27}
+    assert load_pipeline_config("ltxv-2b-0.9.6-distilled").stochastic_sampling
+
+
+def test_a_near_name_is_asked_about() -> None:
+    with pytest.raises(JobError, match=r"did you mean ltxv-13b-0\.9\.8-distilled\?"):
+        load_pipeline_config("ltxv-13b-0.9.8-destilled")
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ltx_batch.errors import InvalidRow
-from ltx_batch.model.pipeline_config import PipelineConfig
+from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config
 from ltx_batch.model.plan import Plan, pad_frames, pad_size, plan_request
 from ltx_batch.model.sigmas import SchedulerConfig
 from ltx_batch.request import Condition, RenderRequest
@@ -97,8 +97,8 @@ def test_tables_are_looked_up_at_each_sigma() -> None:
         ({"timesteps": (1000.0, 500.0)}, "divide by 1000"),
         ({"timesteps": ()}, "must not be empty"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
-        ({"stg_scale": 1.0}, "not built yet"),
-        ({"input_media": Condition("a.mp4")}, "not built yet"),
+        ({"stg_scale": 1.0}, "stg_scale 1 needs skip_block_list"),
+        ({"input_media": Condition("a.mp4")}, "input_media would be drowned in noise: the first timestep is 1"),
         ({"prompt": "  "}, "prompt is empty"),
         ({"height": 0}, "height must be above 0"),
         ({"frame_rate": 0.0}, "frame_rate must be above 0"),
@@ -110,3 +110,74 @@ def test_tables_are_looked_up_at_each_sigma() -> None:
 def test_what_only_the_model_knows_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidRow, match=message):
         plan(**changes)
+
+
+def preset(name: str, **changes: Any) -> Plan:
+    sizes = {"height": 704, "width": 1216, "num_frames": 121}
+    return plan_request(replace(REQUEST, **{**sizes, **changes}), load_pipeline_config(name), SchedulerConfig())
+
+
+def test_a_distilled_multi_scale_plan_makes_7_and_3_calls() -> None:
+    first, second = preset("ltxv-13b-0.9.8-distilled").passes
+    assert (first.height, first.width, first.tokens, first.calls, first.row_forwards) == (448, 800, 5_600, 7, 7)
+    assert (second.height, second.width, second.tokens, second.calls, second.row_forwards) == (896, 1600, 22_400, 3, 3)
+    assert (first.name, second.name) == ("pass1", "pass2")
+
+
+def test_a_dev_multi_scale_plan_asks_in_rows_as_its_tables_say() -> None:
+    first, second = preset("ltxv-13b-0.9.8-dev").passes
+    assert (first.calls, first.row_forwards, second.calls, second.row_forwards) == (27, 62, 13, 26)
+    assert [step.rows for step in first.guidance[:5]] == [1, 1, 1, 3, 3]
+    assert first.guidance[3].skip_blocks == (22, 35, 39)
+    assert second.guidance[0].skip_blocks == (27,)
+    assert second.sigmas[0] == pytest.approx(0.954768, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("size", "low"),
+    [((128, 128), (64, 64)), ((256, 160), (160, 96)), ((256, 256), (160, 160)), ((2160, 3840), (1440, 2528))],
+)
+def test_the_first_pass_is_rounded_down_and_the_second_is_twice_it(size: tuple[int, int], low: tuple[int, int]) -> None:
+    first, second = preset("ltxv-13b-0.9.8-distilled", height=size[0], width=size[1], num_frames=33).passes
+    assert (first.height, first.width) == low
+    assert (second.height, second.width) == (2 * low[0], 2 * low[1])
+
+
+def test_scalars_of_a_row_replace_the_tables_of_both_passes() -> None:
+    found = preset("ltxv-13b-0.9.8-dev", guidance_scale=2.0, stg_scale=0.0, num_inference_steps=24)
+    assert {(step.guidance_scale, step.stg_scale) for one in found.passes for step in one.guidance} == {(2.0, 0.0)}
+    assert [one.calls for one in found.passes] == [21, 7]
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("ltxv-13b-0.9.8-dev", {"timesteps": (1.0, 0.5)}, "cannot serve both passes of a multi-scale pipeline"),
+        ("ltxv-13b-0.9.8-distilled", {"num_inference_steps": 4}, "cannot replace the timesteps of a multi-scale"),
+        (
+            "ltxv-13b-0.9.8-dev",
+            {"num_inference_steps": 12},
+            "17 at the start and 0 at the end are skipped: none is left",
+        ),
+        ("ltxv-13b-0.9.8-dev", {"height": 32}, "32x1216 is too small for a multi-scale pipeline.*at least 64x64"),
+        ("ltxv-13b-0.9.8-dev", {"input_media": Condition("a.mp4")}, "input_media would be drowned in noise"),
+    ],
+)
+def test_what_a_multi_scale_pipeline_cannot_do_is_told(name: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRow, match=message):
+        preset(name, **changes)
+
+
+def test_skipped_first_steps_need_a_video_to_begin_from() -> None:
+    config = {"num_inference_steps": 10, "skip_initial_inference_steps": 6}
+    with pytest.raises(InvalidRow, match="skip_initial_inference_steps needs input_media"):
+        plan(config)
+    assert plan(config, input_media=Condition("a.mp4")).passes[0].calls == 4
+
+
+def test_a_distilled_checkpoint_takes_no_other_timesteps() -> None:
+    allowed = SchedulerConfig(allowed_inference_steps=(1.0, 0.9937, 0.725))
+    config = PipelineConfig.model_validate({"timesteps": [1.0, 0.99372, 0.725]})
+    assert plan_request(REQUEST, config, allowed).passes[0].calls == 3
+    with pytest.raises(InvalidRow, match=r"timesteps 1, 0\.9937, 0\.725 alone, found 0\.5"):
+        plan_request(replace(REQUEST, timesteps=(1.0, 0.5)), config, allowed)
