@@ -49,7 +49,7 @@ def render(
         raise JobError(
             f"{output} holds one frame, not {num_frames}: leave --num-frames out, or give -o {output.stem}.mp4"
         )
-    given = {
+    given: dict[str, Any] = {
         "height": height,
         "width": width,
         "num_frames": num_frames,
@@ -58,8 +58,8 @@ def render(
         "negative_prompt": negative_prompt,
         "guidance_scale": guidance_scale,
         "num_inference_steps": num_inference_steps,
+        "loras": _loras(lora, checkpoint) if lora else None,
     }
-    given["loras"] = _loras(lora, checkpoint) if lora else None
     request = _request(prompt, image, output, given, _DEMO_SIZE if checkpoint == "demo" else {})
     started_s = time.monotonic()
     clip = _render(request, checkpoint, precision=precision, device=device, pipeline_config=pipeline_config)

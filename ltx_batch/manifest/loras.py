@@ -115,8 +115,8 @@ def hash_loras(
     Raises LoraError with every file that cannot be read.
     """
     known = {} if cache is None else cache
-    new = {str(lora.path) for lora in loras if lora.sha256 is None and str(lora.path) not in known}
-    faults = [fault for uri in sorted(new) if (fault := _hash(uri, options, known))]
+    new = dict.fromkeys(str(lora.path) for lora in loras if lora.sha256 is None and str(lora.path) not in known)
+    faults = [fault for uri in new if (fault := _hash(uri, options, known))]
     if faults:
         raise LoraError("; ".join(faults))
     return tuple(lora if lora.sha256 else replace(lora, sha256=known[str(lora.path)]) for lora in loras)
