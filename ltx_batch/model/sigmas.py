@@ -14,6 +14,8 @@ from ltx_batch.errors import CheckpointError
 class SchedulerConfig:
     """The part of a checkpoint's scheduler/scheduler_config.json that shapes the sigmas (names of diffusers).
 
+    An official file says more: which `sampler` (uniform or linear-quadratic; None: as `make_sigmas` tells by the shift),
+    and `base_resolution`, latent tokens at which sigmas stay as they are (None: they do not shift so).
     `allowed_inference_steps`, from the metadata of an official file, are the only sigmas that a distilled checkpoint was
     trained for; None where it takes any.
     """
@@ -25,6 +27,8 @@ class SchedulerConfig:
     base_image_seq_len: int = 256
     max_image_seq_len: int = 4096
     shift_terminal: float | None = None
+    sampler: str | None = None
+    base_resolution: int | None = None
     allowed_inference_steps: tuple[float, ...] | None = None
 
     @classmethod
@@ -40,18 +44,14 @@ class SchedulerConfig:
 def make_sigmas(sampler: str, num_inference_steps: int, tokens: int, scheduler: SchedulerConfig) -> tuple[float, ...]:
     """Falling sigmas in (0, 1], without the final 0, for a pass of `tokens` latent tokens.
 
-    `uniform` and `linear-quadratic` are taken as they are. `from_checkpoint` follows the scheduler: one that shifts
-    by the number of tokens (releases up to 0.9.1) shifts uniform sigmas, any other (0.9.5 on) linear-quadratic ones.
+    `uniform` and `linear-quadratic` are taken as they are. `from_checkpoint` follows the scheduler: its sampler where it
+    names one; else one that shifts by the number of tokens (releases up to 0.9.1) shifts uniform sigmas, and any other
+    (0.9.5 on) linear-quadratic ones.
     """
-    if sampler == "uniform":
-        return tuple(uniform(num_inference_steps))
-    if sampler == "linear-quadratic":
-        return tuple(linear_quadratic(num_inference_steps))
-    if scheduler.use_dynamic_shifting:
-        factor = math.exp(_dynamic_shift(tokens, scheduler))
-        sigmas = _shift(uniform(num_inference_steps), factor)
-    else:
-        sigmas = _shift(linear_quadratic(num_inference_steps), scheduler.shift)
+    if sampler != "from_checkpoint":
+        return tuple(_SAMPLERS[sampler](num_inference_steps))
+    named = scheduler.sampler or ("uniform" if scheduler.use_dynamic_shifting else "linear-quadratic")
+    sigmas = _shift(_SAMPLERS[named](num_inference_steps), _factor(tokens, scheduler))
     return tuple(_stretch(sigmas, scheduler.shift_terminal) if scheduler.shift_terminal else sigmas)
 
 
@@ -76,6 +76,17 @@ def linear_quadratic(num_steps: int, threshold: float = 0.025) -> list[float]:
     falls = [i * threshold / linear_steps for i in range(linear_steps)]
     falls += [quadratic * i**2 + linear * i + constant for i in range(linear_steps, num_steps)]
     return [1.0 - fall for fall in falls]
+
+
+_SAMPLERS = {"uniform": uniform, "linear-quadratic": linear_quadratic}
+
+
+def _factor(tokens: int, scheduler: SchedulerConfig) -> float:
+    if scheduler.use_dynamic_shifting:
+        return math.exp(_dynamic_shift(tokens, scheduler))
+    if scheduler.base_resolution is not None:  # rf.py, simple_diffusion_resolution_dependent_timestep_shift
+        return tokens / scheduler.base_resolution
+    return scheduler.shift
 
 
 def _shift(sigmas: Sequence[float], factor: float) -> list[float]:

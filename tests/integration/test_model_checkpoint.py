@@ -62,7 +62,7 @@ def fill_with_zeros(folder: Path) -> None:
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no vae": (
         lambda f: shutil.rmtree(f / "vae"),
-        r"lacks vae/ \(AutoencoderKLLTXVideo\); it holds scheduler, text_encoder",
+        r"lacks vae/ \(AutoencoderKLLTXVideo\); it holds .*scheduler, text_encoder",
     ),
     "no config": (
         lambda f: (f / "vae/config.json").unlink(),
@@ -78,11 +78,11 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "transformer" / WEIGHTS).rename(f / "transformer/model.bin"),
         r"has no \*.safetensors; it holds config.json, model.bin. Pickled",
     ),
-    "torn weights": (tear, "vae cannot be loaded as AutoencoderKLLTXVideo"),
-    "zeroed weights": (fill_with_zeros, "vae cannot be loaded as AutoencoderKLLTXVideo"),
+    "torn weights": (tear, r"vae/diffusion_pytorch_model.safetensors is torn: it holds \d+ bytes and its header"),
+    "zeroed weights": (fill_with_zeros, "vae/diffusion_pytorch_model.safetensors is not a .safetensors file but zeros"),
     "a tensor is missing": (
         drop_tensor,
-        "transformer lacks proj_in.weight; weights and config.json are not of one model",
+        "transformer lacks proj_in.weight; weights and config are not of one model",
     ),
     "tensors too many": (add_block, r"knows nothing of: transformer_blocks.2.a, .*2.b, .*2.c and 1 more"),
     "another depth": (
@@ -91,7 +91,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another width": (
         lambda f: edit(f / "transformer/config.json", attention_head_dim=32),
-        "transformer cannot be loaded",
+        r"transformer has other shapes than its config says: caption_projection.linear_1.bias \[32\] in place of \[64\]",
     ),
     "no scheduler file": (
         lambda f: (f / "scheduler/scheduler_config.json").unlink(),

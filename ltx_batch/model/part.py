@@ -1,0 +1,114 @@
+"""The models of a checkpoint before they are built: what each is told, and where its weights lie. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ltx_batch.errors import CheckpointError
+from ltx_batch.model.sigmas import SchedulerConfig
+from ltx_batch.tensor_file import StoredTensor, read_tensor_file
+
+KINDS = {
+    "transformer": "LTXVideoTransformer3DModel",
+    "vae": "AutoencoderKLLTXVideo",
+    "text_encoder": "T5EncoderModel",
+    "latent_upsampler": "LTXLatentUpsamplerModel",
+}
+_WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One model: the configuration of diffusers' class, and its tensors by that class's names.
+
+    `attributes` are set on the built model by their paths, and modules in `unused` taken out of it: what the official
+    model has and the configuration cannot say. `padding_mode` is of the convolutions.
+    """
+
+    source: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, StoredTensor]
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros"
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What renders, without the text encoder, which may come from elsewhere.
+
+    `causal_positions`: the first latent frame, which holds one frame of the clip, also counts as one in the positions
+    that the transformer sees (since 0.9.5). The transformer's timestep is sigma times `timestep_scale`.
+    """
+
+    transformer: Part
+    vae: Part
+    scheduler: SchedulerConfig
+    causal_positions: bool = True
+    timestep_scale: float = 1000.0
+    latent_upsampler: Part | None = None
+
+
+def read_component(folder: Path, name: str) -> Part:
+    """A model in diffusers' or transformers' folder layout: config.json beside weights, in shards or not.
+
+    Raises CheckpointError where the folder holds another model, none, or a torn one.
+    """
+    config = read_json(folder / "config.json")
+    kinds = [config.get("_class_name"), *config.get("architectures", [])]
+    if KINDS[name] not in kinds:
+        kind = next((kind for kind in kinds if kind), "no class name")
+        raise CheckpointError(f"{folder} is not a {KINDS[name]}: its config.json says {kind}")
+    tensors: dict[str, StoredTensor] = {}
+    for file in _weight_files(folder):
+        tensors |= read_tensor_file(file).tensors
+    if name == "text_encoder":  # T5's decoder, which some folders hold too, is never used
+        tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(("shared.", "encoder."))}
+    return Part(str(folder), config, tensors)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in _WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            absent = [shard for shard in shards if not (folder / shard).is_file()]
+            if absent or not shards:
+                raise CheckpointError(f"{folder} lacks {', '.join(absent) or 'shards'}, which {index.name} names")
+            return [folder / shard for shard in shards]
+        if (folder / name).is_file():
+            return [folder / name]
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) != 1:
+        what = "no *.safetensors" if not found else f"several *.safetensors and none called {' or '.join(_WEIGHTS)}"
+        raise CheckpointError(f"{folder} has {what}; it holds {held(folder)}. Pickled weights (.bin) are not read")
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises CheckpointError where there is no such file or it holds no JSON object."""
+    try:
+        data = json.loads(read_file(path))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} must hold a JSON object")
+    return data
+
+
+def read_file(path: Path) -> bytes:
+    """Raises CheckpointError where there is no such file."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; the folder holds {held(path.parent)}") from None
+
+
+def held(folder: Path) -> str:
+    """What a message shows of a folder."""
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    return ", ".join(names) or "nothing"
