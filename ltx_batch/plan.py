@@ -16,8 +16,8 @@ from ltx_batch.manifest import Manifest, resolve_rows
 from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config
 from ltx_batch.model.plan import plan_request
 from ltx_batch.model.sigmas import SchedulerConfig
-from ltx_batch.recipe import make_recipe, run_id
-from ltx_batch.renderer import resolve_checkpoint, resolve_precision
+from ltx_batch.recipe import job_precision, make_recipe, run_id
+from ltx_batch.renderer import resolve_checkpoint
 from ltx_batch.request import RenderRequest
 from ltx_batch.tally import Tally
 from ltx_batch.worker import open_output
@@ -195,14 +195,14 @@ def _precision(job: JobSpec, ledger: Ledger, run: str, recipe: Mapping[str, Any]
     """The precision in this job's keys: for `auto` what this run resolved it to, else what another of the same recipe did."""
     asked, device = job.model.precision, job.model.device
     if asked != "auto":
-        return resolve_precision(asked, device)
+        return job_precision(job)
     runs = ledger.runs()
     for name in [run, *reversed(runs)]:
         described = ledger.read_run(name)
         if described is not None and described["recipe"] == recipe:
             return str(described["precision"])
     if device != "auto":
-        return resolve_precision(asked, device)
+        return job_precision(job)
     return None if runs else asked  # in an empty output no key is looked for
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from ltx_batch.errors import CheckpointError, LoraError
 from ltx_batch.job import JobSpec
 from ltx_batch.manifest import hash_loras, job_loras
+from ltx_batch.model.pipeline_config import load_pipeline_config, pipeline_config_sha256
 from ltx_batch.record import SCHEMA_VERSION
-from ltx_batch.renderer import checkpoint_fingerprint, resolve_preprocess
+from ltx_batch.renderer import checkpoint_fingerprint, resolve_precision, resolve_preprocess
 from ltx_batch.request import LoraRef, canonical, lora_set
-from ltx_batch.storage import read_uri
 
 
 def make_recipe(job: JobSpec) -> dict[str, Any]:
@@ -30,13 +30,19 @@ def make_recipe(job: JobSpec) -> dict[str, Any]:
     else:
         recipe["checkpoint"] = checkpoint_fingerprint(model.checkpoint or "", options=job.storage.options)
     if model.pipeline_config is not None:
-        config = read_uri(model.pipeline_config, options=job.storage.options)
-        recipe["pipeline_config"] = hashlib.sha256(config).hexdigest()
+        recipe["pipeline_config"] = pipeline_config_sha256(model.pipeline_config, job.storage.options)
     if model.precision == "bnb-int8":
         recipe["llm_int8_threshold"] = model.llm_int8_threshold
     if model.skip_modules:
         recipe["skip_modules"] = sorted(model.skip_modules)
     return recipe
+
+
+def job_precision(job: JobSpec) -> str:
+    """The job's precision by its real name, on the device of this process. Raises PrecisionError and JobError."""
+    named = job.model.pipeline_config
+    config = None if named is None else load_pipeline_config(named, options=job.storage.options)
+    return resolve_precision(job.model.precision, job.model.device, config)
 
 
 def default_loras(job: JobSpec) -> tuple[LoraRef, ...]:

@@ -177,9 +177,10 @@ def load_renderer(
     if torch_threads is not None:
         use_threads(torch_threads)
     place = pick_device(device)
-    chosen = policy.precision(precision, place.type, threshold=llm_int8_threshold, skip=tuple(skip_modules))
     folder = local_folder(resolve_checkpoint(checkpoint), options)
     config = load_pipeline_config(pipeline_config, folder, options=options)
+    name = resolve_precision(precision, place.type, config)
+    chosen = policy.precision(name, place.type, threshold=llm_int8_threshold, skip=tuple(skip_modules))
     text_folder = local_folder(text_encoder, options) if text_encoder is not None else None
     cache = None
     if text_cache is not None:
@@ -267,10 +268,15 @@ def resolve_preprocess(asked: str | None, pipeline_config: str | None) -> str:
     return asked or ("official" if pipeline_config in PRESETS else "none")
 
 
-def resolve_precision(name: str, device: str) -> str:
-    """`auto` as a real name: fp32 on a CPU, bf16 on a GPU. `device` is cpu, cuda or auto. Raises PrecisionError."""
+def resolve_precision(name: str, device: str, config: PipelineConfig | None = None) -> str:
+    """`auto` as a real name: fp32 on a CPU, on a GPU what the pipeline config asks for, else bf16.
+
+    `device` is cpu, cuda or auto. Raises PrecisionError.
+    """
     if name == "auto" and device == "auto":
         from ltx_batch.model.placement import pick_device
 
         device = pick_device(device).type
+    if name == "auto" and device != "cpu" and config is not None:
+        name = config.resolve_precision()
     return policy.resolve_name(name, device)
