@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from ltx_batch.admission import Admission
@@ -13,11 +13,11 @@ from ltx_batch.errors import CheckpointError, InvalidRow
 from ltx_batch.job import JobSpec
 from ltx_batch.ledger import Ledger
 from ltx_batch.manifest import Manifest, resolve_rows
-from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config
-from ltx_batch.model.plan import plan_request
+from ltx_batch.model.pipeline_config import load_pipeline_config
+from ltx_batch.model.plan import Plan, plan_request
 from ltx_batch.model.sigmas import SchedulerConfig
 from ltx_batch.recipe import job_precision, make_recipe, run_id
-from ltx_batch.renderer import resolve_checkpoint
+from ltx_batch.renderer import load_planner
 from ltx_batch.request import RenderRequest
 from ltx_batch.tally import Tally
 from ltx_batch.worker import open_output
@@ -28,12 +28,15 @@ Size = tuple[int, int, int]  # height, width, num_frames
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """One run of the denoise loop: padded size in pixels, latent tokens, calls of the transformer."""
+    """One run of the denoise loop: padded size in pixels, latent tokens, calls of the transformer, rows of all calls
+    (guidance asks for two or three at once), and the timesteps, from 1 (noise) down, without the final 0."""
 
     height: int
     width: int
     tokens: int
     calls: int
+    row_forwards: int
+    timesteps: tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,13 +111,13 @@ def make_plan(job: JobSpec) -> JobPlan:
 
 def _shapes(job: JobSpec, manifest: Manifest) -> tuple[Counter[tuple[Size, tuple[Pass, ...]]], int]:
     """Rows by size and passes, and how many rows break a rule."""
-    config, scheduler = _config(job), SchedulerConfig()  # which sigmas, not how many, is the scheduler's
+    planner = _planner(job)
     counts: Counter[tuple[Size, tuple[Pass, ...]]] = Counter()
     invalid = 0
     for shard in manifest.shards(job.shard_rows):
         for row in resolve_rows(manifest.read(shard), manifest=manifest, shard=shard, defaults=job.defaults):
             try:
-                passes = _passes(row.request, config, scheduler)
+                passes = _passes(row.request, planner)
             except InvalidRow:
                 invalid += 1
             else:
@@ -122,20 +125,23 @@ def _shapes(job: JobSpec, manifest: Manifest) -> tuple[Counter[tuple[Size, tuple
     return counts, invalid
 
 
-def _config(job: JobSpec) -> PipelineConfig:
-    if job.model.pipeline_config is None and job.model.checkpoint:
-        try:
-            return load_pipeline_config(None, Path(resolve_checkpoint(job.model.checkpoint)))
-        except CheckpointError:
-            return PipelineConfig()
-    return load_pipeline_config(job.model.pipeline_config)
+def _planner(job: JobSpec) -> Callable[[RenderRequest], Plan]:
+    """The checkpoint's own; without one at hand its scheduler is taken to be a plain one, as the newer releases' is."""
+    named, options = job.model.pipeline_config, job.storage.options
+    try:
+        return load_planner(job.model.checkpoint or "", pipeline_config=named, options=options)
+    except CheckpointError:
+        config = load_pipeline_config(named, options=options)
+        return partial(plan_request, config=config, scheduler=SchedulerConfig())
 
 
-def _passes(request: RenderRequest | None, config: PipelineConfig, scheduler: SchedulerConfig) -> tuple[Pass, ...]:
+def _passes(request: RenderRequest | None, planner: Callable[[RenderRequest], Plan]) -> tuple[Pass, ...]:
     if request is None:
         raise InvalidRow("the row breaks a rule of the manifest")
-    plan = plan_request(request, config, scheduler)
-    return tuple(Pass(one.height, one.width, one.tokens, one.calls) for one in plan.passes)
+    return tuple(
+        Pass(one.height, one.width, one.tokens, one.calls, one.row_forwards, tuple(round(s, 4) for s in one.sigmas))
+        for one in planner(request).passes
+    )
 
 
 def _size(request: RenderRequest | None) -> Size:

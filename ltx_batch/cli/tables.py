@@ -17,6 +17,8 @@ def print_plan(found: JobPlan) -> None:
     console = Console(highlight=False)
     console.print(_rows(found))
     console.print(_shapes(found.shapes))
+    for line in _schedules(found.shapes):
+        console.print(line)
     console.print(_estimated(found.estimate))
     for note in {found.note, found.estimate.note} - {None}:
         console.print(f"note: {note}", markup=False)
@@ -37,6 +39,19 @@ def _shapes(shapes: tuple[Shape, ...]) -> Table:
         new = "?" if shape.new is None else str(shape.new)
         table.add_row(f"{shape.width}x{shape.height}", str(shape.num_frames), str(shape.rows), new, passes)
     return table
+
+
+def _schedules(shapes: tuple[Shape, ...]) -> list[str]:
+    """Each distinct schedule once; those of one pass mostly differ in nothing but the size."""
+    told = {
+        (number, one.timesteps, one.row_forwards)
+        for shape in shapes
+        for number, one in enumerate(shape.passes, start=1)
+    }
+    return [
+        f"pass {number}: {len(timesteps)} calls, {rows} rows forward, timesteps {', '.join(f'{t:g}' for t in timesteps)}"
+        for number, timesteps, rows in sorted(told)
+    ]
 
 
 def _estimated(estimate: Estimate) -> str:

@@ -46,9 +46,10 @@ def test_shapes_and_passes(tmp_path: Path) -> None:
         (32, 64, 9, 1),
     ]
     # 70 is padded to 96, 20 frames to 25: 4 latent frames of 3 x 3.
-    assert data["shapes"][0]["passes"] == ({"height": 96, "width": 96, "tokens": 36, "calls": 4},)
-    assert data["shapes"][1]["passes"] == ({"height": 32, "width": 64, "tokens": 4, "calls": 4},)
-    assert data["shapes"][2]["passes"][0]["calls"] == 2
+    made = {"calls": 4, "row_forwards": 8, "timesteps": (1.0, 0.9875, 0.975, 0.725)}
+    assert data["shapes"][0]["passes"] == ({"height": 96, "width": 96, "tokens": 36, **made},)
+    assert data["shapes"][1]["passes"] == ({"height": 32, "width": 64, "tokens": 4, **made},)
+    assert data["shapes"][2]["passes"][0]["timesteps"] == (1.0, 0.5)
     assert data["estimate"]["gpu_hours"] is None
     assert "70x96, 20 frames" in data["estimate"]["note"]
     assert not (tmp_path / "out").exists(), "planning writes nothing"
@@ -117,3 +118,17 @@ def test_table_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "64x32" in printed
     assert "4 x 4" in printed
     assert "1 rows break rules; `ltx-batch validate` names them" in printed
+
+
+def test_a_presets_passes_are_told_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": "one"}, {"prompt": "two", "height": 512, "width": 768}]
+    model = {"renderer": "fake", "device": "cpu", "pipeline_config": "ltxv-13b-0.9.8-distilled"}
+    job = make_job(tmp_path, rows, model=model, defaults={"height": 704, "width": 1216, "num_frames": 121})
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(job.model_dump(mode="json", exclude_defaults=True)))
+    first, second = make_plan(job).as_dict()["shapes"][0]["passes"]
+    assert first["timesteps"] == (1.0, 0.9937, 0.9875, 0.9812, 0.975, 0.9094, 0.725)
+    assert (second["height"], second["width"], second["tokens"], second["calls"]) == (896, 1600, 22_400, 3)
+    assert main(["plan", str(file)]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "pass 2: 3 calls, 3 rows forward, timesteps 0.9094, 0.725, 0.4219" in said
