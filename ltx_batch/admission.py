@@ -53,7 +53,7 @@ class Admission:
         self._check_media = check_media
         self._todo: list[_Todo] = []
         self._epoch = 0
-        self._fresh = False
+        self._looked = self._fresh = False
         self._earlier: list[tuple[str, dict[str, int]]] = []
         self._charged: Counter[str] = Counter()
         self._media_sha256: dict[str, str] = {}  # by URI: a picture or LoRA of many rows is looked at once a call
@@ -108,6 +108,9 @@ class Admission:
 
     def _look_around(self) -> None:
         """What other runs and earlier drivers left in this output."""
+        if self._looked:  # what this run writes meanwhile is no earlier run's
+            return
+        self._looked = True
         others = [run for run in self._ledger.runs() if run != self._run]
         attempts = self._ledger.attempts(self._run)
         self._fresh = not others and not attempts and self._ledger.read_status(self._run) is None

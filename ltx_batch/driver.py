@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,13 +25,15 @@ from ltx_batch.job import JobSpec
 from ltx_batch.ledger import Ledger
 from ltx_batch.lora import Shapes
 from ltx_batch.manifest import Manifest, validate
+from ltx_batch.paths import check_paths, refuse_local
 from ltx_batch.pool import Died, Event, Finished, LocalPool, Pool, Started, StartFailed
 from ltx_batch.recipe import make_recipe, run_id
 from ltx_batch.record import RenderRecord
 from ltx_batch.renderer import check_built, layers_of, tokenizer_file
 from ltx_batch.schedule import Breaker, Schedule, Task, Verdict
-from ltx_batch.storage import Storage, is_relative
+from ltx_batch.storage import Storage
 from ltx_batch.tally import Summary, Tally
+from ltx_batch.text_phase import encode_texts
 from ltx_batch.worker import WorkerPlan, open_output
 
 WINDOW_ROWS = 2000  # tasks that wait in memory: enough to group by shape, little enough to stay small
@@ -60,27 +62,13 @@ def run(job: JobSpec, options: RunOptions | None = None, *, listen: Listener = l
     return _Run(job, options or RunOptions(), listen).go()
 
 
-def check_paths(job: JobSpec) -> None:
-    """Raises JobError where a relative path would lie in the throw-away working directory of a Ray job."""
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # Ray's job supervisor gives it to every driver that it starts
-        refuse_relative(job)
-
-
-def refuse_relative(job: JobSpec) -> None:
-    """Raises JobError where manifest or output mean something only in this working directory."""
-    faults = [
-        f"{name}: {uri} is relative, and the working directory of a Ray job is a copy that is thrown away; "
-        f"give an absolute path or a URI with --{name}"
-        for name, uri in (("manifest", job.manifest), ("output", job.output))
-        if is_relative(uri)
-    ] + [
-        f"model.loras: {lora.path} is relative, and the working directory of a Ray job is a copy: give an absolute path "
-        "or a URI"
-        for lora in job.model.loras
-        if is_relative(lora.path)
-    ]
-    if faults:
-        raise JobError("\n".join(faults))
+def encode(job: JobSpec, options: RunOptions | None = None, *, listen: Listener = lambda _: None) -> Summary:
+    """The text phase of a run alone, whatever `text` says. Raises as `run` does."""
+    if job.model.renderer == "fake":
+        raise JobError("model.renderer is fake, which reads no text: there is nothing to encode")
+    if job.text_cache_uri is None:
+        raise JobError("the job encodes inline and has no text_cache to fill; set text: precomputed, or a text_cache")
+    return _Run(job, options or RunOptions(), listen, text_only=True).go()
 
 
 @dataclass(slots=True)
@@ -88,6 +76,7 @@ class _Run:
     job: JobSpec
     options: RunOptions
     listen: Listener
+    text_only: bool = False
     drain: threading.Event = field(default_factory=threading.Event)
     books: Books = field(default_factory=Books)
     pool: Pool | None = None
@@ -177,11 +166,8 @@ class _Run:
     def _pool(self) -> Pool:
         if self.pool is None:
             self.pool = open_pool(self.job)
-            if self.storage.is_local and self.pool.nodes > 1:
-                raise JobError(
-                    f"output {self.job.output} is a local path and the cluster has {self.pool.nodes} nodes: each would "
-                    "write to its own disk; use object storage, e.g. --output s3://bucket/prefix"
-                )
+            if self.pool.nodes > 1:
+                refuse_local(self.job, self.pool.nodes)
         return self.pool
 
     # rows
@@ -191,21 +177,34 @@ class _Run:
         breaker = Breaker(self.job.stop_after_failures, self.job.max_failed_fraction)
         try:
             self._freeze(invalid)
+            self._encode_texts(invalid)
             while not self._done():
                 self._feed()
                 self._hand_out()
                 for event in self._wait():
                     self._handle(event)
                 self._kill_overdue()
-                if time.monotonic() - self.last_told_s >= _POLL_S:
-                    self._tell(None)
+                self._tell_now_and_then()
                 if reason := breaker.tripped(self.tally.rendered, self.tally.tried_in_vain):
                     raise RunStopped(reason)
         except RunStopped as reason:
             return str(reason)
-        return "drained on a signal; the same command again goes on" if self.tally.left else None
+        left = self.drain.is_set() if self.text_only else self.tally.left
+        return "drained on a signal; the same command again goes on" if left else None
+
+    def _encode_texts(self, invalid: dict[tuple[str, int], str]) -> None:
+        if self.text_only or (self.job.text == "stage" and self.job.model.renderer != "fake"):
+            plan = WorkerPlan(self.job, self.recipe, self.recipe["precision"])
+            shards = self.admission.prepare(self.recipe, invalid)
+            with closing(encode_texts(self._pool(), plan, shards)) as told:
+                for self.tally.text in told:
+                    self._tell_now_and_then()
+                    if self.drain.is_set():
+                        return
 
     def _done(self) -> bool:
+        if self.text_only:
+            return True
         if self.drain.is_set():
             self.schedule.withdraw()
             return self.schedule.busy == 0
@@ -332,13 +331,17 @@ class _Run:
                 shard.amend(index, standing[key])
                 self.tally.mend(1)
 
+    def _tell_now_and_then(self) -> None:
+        if time.monotonic() - self.last_told_s >= _POLL_S:
+            self._tell(None)
+
     def _tell(self, stopped: str | None, *, final: bool = False) -> Summary:
         summary = self.tally.summary(
             workers=len(self.schedule.ready_workers), draining=self.drain.is_set(), stopped=stopped
         )
         self.last_told_s = time.monotonic()
         self.listen(summary)
-        if final or self.last_told_s - self.last_beat_s >= _HEARTBEAT_S:
+        if not self.text_only and (final or self.last_told_s - self.last_beat_s >= _HEARTBEAT_S):
             self.last_beat_s = self.last_told_s
             self._beat(summary)
         return summary

@@ -140,6 +140,13 @@ class JobSpec(_Section):
         "auto", description="0: in this process; a number or auto: Ray actors"
     )
     worker: WorkerSpec = Field(default_factory=WorkerSpec)
+    text: Literal["inline", "stage", "precomputed"] = Field(
+        "inline",
+        description="who encodes prompts: each worker; a phase of its own before the workers start; nobody, all are cached",
+    )
+    text_cache: str | None = Field(
+        None, description="folder or URI of the embeddings; None: OUTPUT/text where text is not inline, else no cache"
+    )
     batch_size: int = Field(1, ge=1, description="rows of equal shape in one forward pass")
     shard_rows: int = Field(512, ge=1, description="rows a unit of bookkeeping")
     defaults: RowDefaults = Field(default_factory=RowDefaults)
@@ -156,6 +163,12 @@ class JobSpec(_Section):
     gpu_hour_price: float | None = Field(None, ge=0, description="price of one GPU-hour, for the cost in summaries")
     on_failed_rows: Literal["exit1", "exit0"] = "exit1"
     storage: StorageSpec = Field(default_factory=StorageSpec)
+
+    @property
+    def text_cache_uri(self) -> str | None:
+        """Where embeddings are kept; None: nowhere."""
+        default = None if self.text == "inline" else f"{self.output.rstrip('/')}/text"
+        return self.text_cache or default
 
 
 def load_job(path: str | Path, *, overrides: Iterable[str] = (), text: str | None = None) -> JobSpec:

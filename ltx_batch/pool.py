@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ltx_batch.errors import RunStopped
+from ltx_batch.job import JobSpec
+from ltx_batch.recipe import job_precision
 from ltx_batch.record import RenderRecord
-from ltx_batch.renderer import resolve_precision
 from ltx_batch.schedule import Cause, WorkUnit
+from ltx_batch.text_worker import Encoded, TextWorker
 from ltx_batch.worker import Worker, WorkerPlan
 
 
@@ -62,6 +65,13 @@ class Pool(Protocol):
         """The precision that the job's `auto` means on this pool's devices."""
         ...
 
+    def encode(self, plan: WorkerPlan, batches: Iterator[Sequence[str]]) -> Generator[Encoded]:
+        """Bring texts into the cache by workers that hold the text encoder alone, and are gone at the end.
+
+        Tells what was done, batch by batch, and nothing now and then; raises RunStopped where it cannot go on.
+        """
+        ...
+
     def start(self, plan: WorkerPlan) -> None:
         """Begin to make every slot's worker ready; each reports Started or StartFailed."""
         ...
@@ -89,8 +99,8 @@ class LocalPool:
     nodes = 1
     _NAME = "local"
 
-    def __init__(self, precision: str, device: str) -> None:
-        self._precision, self._device = precision, device
+    def __init__(self, job: JobSpec) -> None:
+        self._job = job
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._hung = False
@@ -98,7 +108,19 @@ class LocalPool:
         self._worker: Worker | None = None
 
     def resolve_precision(self) -> str:
-        return resolve_precision(self._precision, self._device)
+        return job_precision(self._job)
+
+    def encode(self, plan: WorkerPlan, batches: Iterator[Sequence[str]]) -> Generator[Encoded]:
+        worker = None
+        try:
+            for texts in batches:
+                worker = worker or TextWorker(plan)
+                yield worker.encode(texts)
+        except Exception as error:
+            raise RunStopped(f"prompts could not be encoded: {type(error).__name__}: {error}") from error
+        finally:
+            if worker is not None:
+                worker.close()
 
     def start(self, plan: WorkerPlan) -> None:
         try:

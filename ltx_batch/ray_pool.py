@@ -10,15 +10,17 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from ltx_batch.errors import JobError, RunStopped, UsageError
 from ltx_batch.job import JobSpec
 from ltx_batch.pool import Died, Event, Finished, Started, StartFailed
-from ltx_batch.renderer import resolve_precision
+from ltx_batch.ray_text import TextCrew
+from ltx_batch.recipe import job_precision
 from ltx_batch.schedule import WorkUnit
+from ltx_batch.text_worker import Encoded
 from ltx_batch.worker import Worker, WorkerPlan
 
 _LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # records and requests only: no video goes through the object store
@@ -66,9 +68,13 @@ class RayPool:
         import ray
 
         if self._job.model.precision != "auto":
-            return resolve_precision(self._job.model.precision, self._job.model.device)
-        probe = ray.remote(resolve_precision).options(**self._resources, max_retries=3)
-        return str(ray.get(probe.remote("auto", self._job.model.device)))
+            return job_precision(self._job)
+        probe = ray.remote(job_precision).options(**self._resources, max_retries=3)
+        return str(ray.get(probe.remote(self._job)))
+
+    def encode(self, plan: WorkerPlan, batches: Iterator[Sequence[str]]) -> Generator[Encoded]:
+        crew = TextCrew(plan, self._resources, len(self.slots), self._pulse.feel_now_and_then)
+        return crew.encode(batches)
 
     def start(self, plan: WorkerPlan) -> None:
         self._plan = plan

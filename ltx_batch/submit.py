@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TextIO
 
 from ltx_batch import __version__
-from ltx_batch.driver import refuse_relative
 from ltx_batch.errors import JobError
 from ltx_batch.job import JobSpec
+from ltx_batch.paths import refuse_relative
 from ltx_batch.ray_jobs import RayJobs
 
 _NAME_CHARS = 32

@@ -18,7 +18,8 @@ _MESSAGE_CHARS = 160
 class Summary:
     """What a run came to. `rendered`, `gpu_seconds` and `seconds` are this call's; `cost` is null without a price.
 
-    `ready_s` is the part of `seconds` that went by before a worker was ready: start-up of Ray, model load.
+    `ready_s` is the part of `seconds` that went by before a worker was ready: start-up of Ray, text phase, model load.
+    `text` is what the text phase did: `{"encoded", "cached", "seconds"}`, null where there was none.
     """
 
     run: str
@@ -39,6 +40,7 @@ class Summary:
     top_errors: tuple[tuple[str, int], ...] = ()
     draining: bool = False
     stopped: str | None = None
+    text: dict[str, Any] | None = None
 
     @property
     def exit_code(self) -> int:
@@ -67,6 +69,7 @@ class Tally:
     started_s: float = field(default_factory=time.monotonic)
     ready_s: float | None = None
     first_s: float | None = None
+    text: dict[str, Any] | None = None
 
     @property
     def left(self) -> int:
@@ -130,4 +133,5 @@ class Tally:
             top_errors=tuple(self.errors.most_common(_TOP_ERRORS)),
             draining=draining,
             stopped=stopped,
+            text=self.text,
         )

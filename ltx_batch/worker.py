@@ -30,6 +30,7 @@ from ltx_batch.ledger import Ledger
 from ltx_batch.lora import LoraCache
 from ltx_batch.media import write_clip
 from ltx_batch.model.frames import load_media
+from ltx_batch.model.text_key import encoder_fingerprint
 from ltx_batch.record import RenderRecord
 from ltx_batch.renderer import Renderer, load_renderer
 from ltx_batch.request import RenderRequest
@@ -84,6 +85,7 @@ class Worker:
                     records[task.key] = replace(found, reused=True)
                     continue
                 started_s = time.perf_counter()
+                self._renderer.prepare(task.request)
                 request = self._fetch(task.request)
                 ready.append((task, request, time.perf_counter() - started_s))
         for task, clip, timings in self._render(ready, records):
@@ -189,13 +191,23 @@ def _scratch() -> tempfile.TemporaryDirectory[str]:
 
 
 def open_output(job: JobSpec) -> Storage:
-    return Storage(job.output, options=job.storage.options, single_writer=job.storage.single_writer)
+    return _open(job, job.output)
+
+
+def open_text_store(job: JobSpec) -> Storage | None:
+    """Where embeddings are kept; None: nowhere."""
+    return None if job.text_cache_uri is None else _open(job, job.text_cache_uri)
+
+
+def _open(job: JobSpec, uri: str) -> Storage:
+    return Storage(uri, options=job.storage.options, single_writer=job.storage.single_writer)
 
 
 def open_renderer(plan: WorkerPlan) -> Renderer:
     model = plan.job.model
     if model.renderer == "fake":
         return FakeRenderer(plan.precision)
+    cache = open_text_store(plan.job)
     return load_renderer(
         model.checkpoint or "",
         precision=plan.precision,
@@ -207,6 +219,9 @@ def open_renderer(plan: WorkerPlan) -> Renderer:
         skip_modules=model.skip_modules,
         torch_threads=plan.job.worker.torch_threads,
         options=plan.job.storage.options,
+        text="inline" if plan.job.text == "inline" else "precomputed",
+        text_cache=cache,
+        text_fingerprint=None if cache is None else encoder_fingerprint(plan.recipe["checkpoint"]["files"]),
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ltx_batch.errors import CheckpointError
-from ltx_batch.model.checkpoint import TextParts, load_checkpoint
+from ltx_batch.model.checkpoint import load_checkpoint
 from ltx_batch.model.conditioning import encode_media, start_tokens
 from ltx_batch.model.decode import decode_row
 from ltx_batch.model.denoise import denoise_pass
@@ -111,7 +111,7 @@ class LtxPipeline:
         if parts.text is not None:
             self.weights_bytes |= {"text_encoder": parts.text.weights_bytes}
             others = [part for part in modules.values() if part is not None]
-            load = partial(load_encoder, parts.text)
+            load = partial(TextEncoder.load, parts.text, torch.device("cpu"))
             self.turns = Turns(device, load, parts.text.weights_bytes, others, movable=policy.quantize is None)
         self.text = TextSource(device, encoder=None if self.turns is None else self.turns.encoder, cache=text_cache)
         self.ran = {
@@ -219,10 +219,6 @@ class LtxPipeline:
         if self.ran["precision"] == "bnb-int8":
             return "bitsandbytes computes in fp16, which overflows at 65504: use precision bf16, or skip_modules"
         return "are the weights whole?"
-
-
-def load_encoder(parts: TextParts) -> TextEncoder:
-    return TextEncoder(parts.tokenizer, parts.load(), torch.device("cpu"))
 
 
 def weights_bytes(module: nn.Module) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ltx_batch.model.checkpoint import TextParts
 from ltx_batch.model.text_key import MAX_TOKENS, as_encoded
 
 
@@ -38,6 +40,11 @@ class Text:
         return Text(self.embeds.to(device), self.mask.to(device))
 
 
+def find_text(folder: Path, dtype: str) -> TextParts:
+    """The text encoder and tokenizer below `folder`, to be held in the dtype of that name. Raises CheckpointError."""
+    return TextParts.find(folder, getattr(torch, dtype))
+
+
 class TextEncoder:
     """T5 and its tokenizer on one device. Encodes one text at a time, so that it never depends on its neighbours."""
 
@@ -45,6 +52,11 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.model = model.to(device)
         self.device = device
+
+    @classmethod
+    def load(cls, parts: TextParts, device: torch.device) -> TextEncoder:
+        """Raises CheckpointError."""
+        return cls(parts.tokenizer, parts.load(device), device)
 
     @torch.inference_mode()
     def encode(self, text: str) -> torch.Tensor:

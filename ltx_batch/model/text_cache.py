@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,6 +50,10 @@ class TextCache:
             self._storage.replace(_name(key), data)
             return tokens
         return standing
+
+
+def open_text_cache(place: str | Storage, identity: TextIdentity, options: Mapping[str, Any] | None) -> TextCache:
+    return TextCache(place if isinstance(place, Storage) else Storage(place, options=options), identity)
 
 
 class _Torn(ValueError):

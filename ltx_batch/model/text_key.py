@@ -7,8 +7,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ltx_batch.errors import CheckpointError
+
 MAX_TOKENS = 256  # as the official pipeline encodes (pipeline_ltx_video.py, text_encoder_max_tokens)
-PARTS = ("text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +37,23 @@ def as_encoded(text: str) -> str:
     return text.strip()
 
 
+def is_text(name: str) -> bool:
+    """Whether a file of a checkpoint, named below it, is the text encoder's or the tokenizer's."""
+    return name.partition("/")[0] in ("text_encoder", "tokenizer")
+
+
 def encoder_fingerprint(files: Mapping[str, str]) -> str:
     """Hex sha256 of the text encoder and its tokenizer: of those files' names below the checkpoint and their sha256.
 
-    `files` may hold the whole checkpoint's; where it lies does not count.
+    `files` may hold the whole checkpoint's; where it lies does not count. Raises CheckpointError where there are none.
     """
-    return _digest({name: sha256 for name, sha256 in files.items() if name.partition("/")[0] in PARTS})
+    found = {name: sha256 for name, sha256 in files.items() if is_text(name)}
+    if not found:
+        raise CheckpointError(
+            "the checkpoint has no text_encoder/ and tokenizer/, whose hashes name embeddings in a text cache; name a "
+            "folder that has them as model.text_encoder, or set text: inline and no text_cache"
+        )
+    return _digest(found)
 
 
 def _digest(value: Mapping[str, object]) -> str:

@@ -26,6 +26,7 @@ class TextSource:
         self._device, self._encoder, self._cache = device, encoder, cache
         self._prompts, self._negatives = _Recent(), _Recent()
         self._counts: Counter[str] = Counter()
+        self._fetched: set[str] = set()
 
     def encode(self, text: str, *, negative: bool = False) -> Text:
         """One row, on the device. Negative prompts are remembered apart: most jobs have one, which no number of prompts
@@ -36,6 +37,9 @@ class TextSource:
         if found is None:
             tokens, origin = self._obtain(text)
             found = recent.keep(text, Text.of_tokens(tokens.to(self._device)))
+        elif text in self._fetched:
+            origin = "cache"
+        self._fetched.discard(text)
         self._counts[origin] += 1
         return found
 
@@ -49,6 +53,7 @@ class TextSource:
         tokens = self._cache.get(text)
         if tokens is not None:
             recent.keep(text, Text.of_tokens(tokens.to(self._device)))
+            self._fetched.add(text)
         elif self._encoder is None:
             raise _missing(text, self._cache)
 

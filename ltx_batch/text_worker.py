@@ -1,0 +1,76 @@
+"""One worker of the text phase: texts into the cache, with nothing loaded but the text encoder. Knows no Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ltx_batch.model.fetch import local_folder
+from ltx_batch.model.quantize import policy
+from ltx_batch.model.text_key import TextIdentity, encoder_fingerprint
+from ltx_batch.renderer import resolve_checkpoint
+from ltx_batch.worker import WorkerPlan, open_text_store
+
+if TYPE_CHECKING:
+    from ltx_batch.model.text import TextEncoder
+
+BATCH_TEXTS = 16  # handed over at once: seconds on a CPU, so that a run drains soon
+_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Texts that were encoded, and those that the cache had."""
+
+    encoded: int = 0
+    cached: int = 0
+
+    def __add__(self, other: Encoded) -> Encoded:
+        return Encoded(self.encoded + other.encoded, self.cached + other.cached)
+
+
+class TextWorker:
+    """Raises UsageError where the plan cannot be honoured here. The encoder is loaded for the first text that the cache
+    lacks."""
+
+    def __init__(self, plan: WorkerPlan) -> None:
+        job = plan.job
+        os.environ["OMP_NUM_THREADS"] = str(job.worker.torch_threads)  # read when torch is first imported
+        from ltx_batch.model.placement import pick_device, use_threads
+        from ltx_batch.model.text import find_text
+        from ltx_batch.model.text_cache import open_text_cache
+
+        use_threads(job.worker.torch_threads)
+        self._device = pick_device(job.model.device)
+        dtype = policy.precision(plan.precision, self._device.type).dtype
+        folder = local_folder(resolve_checkpoint(job.model.checkpoint or ""), job.storage.options)
+        self._parts = find_text(folder, dtype)
+        store = open_text_store(job)
+        assert store is not None, "a job with a text phase has a text cache"
+        identity = TextIdentity(encoder_fingerprint(plan.recipe["checkpoint"]["files"]), dtype)
+        self._cache = open_text_cache(store, identity, job.storage.options)
+        self._encoder: TextEncoder | None = None
+        self._threads = ThreadPoolExecutor(max_workers=_THREADS)
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        """Have the cache hold every one of `texts`, whole. Raises what a store says that cannot be written."""
+        found = self._threads.map(self._cache.get, texts)
+        missing = [text for text, tokens in zip(texts, found, strict=True) if tokens is None]
+        writes = [self._threads.submit(self._cache.put, text, self._load().encode(text).cpu()) for text in missing]
+        for write in writes:
+            write.result()
+        return Encoded(len(missing), len(texts) - len(missing))
+
+    def close(self) -> None:
+        self._threads.shutdown()
+        self._encoder = None
+
+    def _load(self) -> TextEncoder:
+        from ltx_batch.model.text import TextEncoder
+
+        if self._encoder is None:
+            self._encoder = TextEncoder.load(self._parts, self._device)
+        return self._encoder
