@@ -356,7 +356,7 @@ class _Run:
 
 def open_pool(job: JobSpec) -> Pool:
     if job.workers == 0:
-        return LocalPool(job.model.precision, job.model.device)
+        return LocalPool(job)
     from ltx_batch.ray_pool import RayPool
 
     return RayPool(job)

@@ -45,10 +45,6 @@ class Renderer(Protocol):
         """Fetch what can be had before the request's turn, from any thread. Raises RowError where it cannot be rendered."""
         ...
 
-    def prepare(self, request: RenderRequest) -> None:
-        """Fetch what can be had before the request's turn, from any thread. Raises RowError where it cannot be rendered."""
-        ...
-
     def render(self, requests: Sequence[RenderRequest]) -> list[Clip]:
         """Clips of requests that share one `batch_key()`, in order."""
         ...
@@ -81,12 +77,6 @@ class LtxRenderer:
     def plan(self, request: RenderRequest) -> Plan:
         """What rendering the request will do. Raises InvalidRow."""
         return plan_request(request, self._config, self._pipeline.scheduler)
-
-    def prepare(self, request: RenderRequest) -> None:
-        """Fetch the request's embeddings from the text cache, where there is one. Raises EmbeddingMissing, InvalidRow."""
-        self._pipeline.text.fetch(request.prompt)
-        if self.plan(request).needs_negative:
-            self._pipeline.text.fetch(request.negative_prompt, negative=True)
 
     def prepare(self, request: RenderRequest) -> None:
         """Fetch the request's embeddings from the text cache, where there is one. Raises EmbeddingMissing, InvalidRow."""
@@ -240,11 +230,6 @@ def checkpoint_fingerprint(checkpoint: str, *, options: Mapping[str, Any] | None
     """
     files = checkpoint_files(resolve_checkpoint(checkpoint), options)
     return {"files": {name: sha256_uri(ref, options) for name, ref in sorted(files.items())}}
-
-
-def _text_fingerprint(checkpoint: str, options: Mapping[str, Any] | None) -> str:
-    files = checkpoint_files(resolve_checkpoint(checkpoint), options)
-    return encoder_fingerprint({name: sha256_uri(ref, options) for name, ref in files.items() if is_text(name)})
 
 
 def _text_fingerprint(checkpoint: str, options: Mapping[str, Any] | None) -> str:
