@@ -28,7 +28,7 @@ _CODEC = [
     "h264",
 ]
 _CONVERT = "scale=flags=bilinear"  # PyAV's conversion between RGB and YUV; ffmpeg's own default gives other pixels
-_PIXELS_AT_ONCE = 2**24  # an encoder holds some 20 bytes a pixel
+_PIXELS_AT_ONCE = 2**24  # an encoder holds some 13 bytes a pixel
 _MOST_AT_ONCE = 32
 _TIMEOUT_S = 600.0
 
