@@ -7,8 +7,9 @@ not here), and the rest replaces noise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,14 +46,17 @@ def start_tokens(
     frame_rate: float,
     *,
     begin: torch.Tensor | None = None,
+    causal: bool = True,
 ) -> Tokens:
     """Noise, or `begin` (normalised latents fp32 [B, C, F, H, W]) at the pass's first noise level, with each row's
-    conditions placed in it. Rows have equally many items of equal frames, starts and strengths."""
+    conditions placed in it. Rows have equally many items of equal frames, starts and strengths; `causal` as in
+    `token_coords`."""
     size, device = plan.latent_size, vae.device
     noise = draw_rows(noises, f"{plan.name}.init", (plan.tokens, channels), device)
     if begin is not None:
         noise = plan.sigmas[0] * noise + (1 - plan.sigmas[0]) * to_tokens(begin)
-    coords = token_coords(size, start_frame=0, frame_rate=frame_rate, device=device)
+    place = partial(token_coords, frame_rate=frame_rate, causal=causal, device=device)
+    coords = place(size, start_frame=0)
     if not rows[0]:
         return Tokens(noise, coords)
     latents = from_tokens(noise, size).clone()
@@ -69,7 +73,7 @@ def start_tokens(
             strengths[:, :, placed] = strength
         if free:
             name = f"{plan.name}.condition.{index}"
-            extra.append(_extra_tokens(media[:, :, :free], start, strength, noises, name, frame_rate))
+            extra.append(_extra_tokens(media[:, :, :free], start, strength, noises, name, place))
     return _join(extra, Tokens(to_tokens(latents), coords, strengths.flatten(1)))
 
 
@@ -96,13 +100,20 @@ def resize(video: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 def _extra_tokens(
-    media: torch.Tensor, start: int, strength: float, noises: Sequence[Noise], name: str, frame_rate: float
+    media: torch.Tensor,
+    start: int,
+    strength: float,
+    noises: Sequence[Noise],
+    name: str,
+    place: Callable[..., torch.Tensor],
 ) -> Tokens:
     noise = draw_rows(noises, name, tuple(media.shape[1:]), media.device)
     latents = to_tokens(torch.lerp(noise, media, strength))
-    frames, height, width = media.shape[2:]
-    coords = token_coords((frames, height, width), start_frame=start, frame_rate=frame_rate, device=media.device)
-    return Tokens(latents, coords, torch.full((1, latents.shape[1]), strength, device=media.device))
+    return Tokens(
+        latents,
+        place(media.shape[2:], start_frame=start),
+        torch.full((1, latents.shape[1]), strength, device=media.device),
+    )
 
 
 def _join(extra: Sequence[Tokens], clip: Tokens) -> Tokens:

@@ -27,6 +27,7 @@ def denoise_pass(
     noises: Sequence[Noise],
     *,
     image_cond_noise_scale: float,
+    timestep_scale: float = 1000.0,
 ) -> torch.Tensor:
     """Run the loop of LTX-Video's pipelines/pipeline_ltx_video.py; returns clean tokens fp32 [B, N - extra, C].
 
@@ -42,7 +43,7 @@ def denoise_pass(
         at = sigmas[step].view(1, 1) if levels is None else torch.minimum(sigmas[step], levels)
 
         def predict(rows: torch.Tensor, text: Text, at: torch.Tensor = at) -> torch.Tensor:
-            return _velocity(transformer, rows, text, at, tokens.coords)
+            return _velocity(transformer, rows, text, at * timestep_scale, tokens.coords)
 
         velocity = guided_velocity(predict, perturb, latents, prompt, negative, guidance)
         stepped = _step(latents, velocity, at, sigmas, step, plan, noises)
@@ -74,14 +75,14 @@ def _step(
 
 
 def _velocity(
-    transformer: Any, latents: torch.Tensor, text: Text, sigmas: torch.Tensor, coords: torch.Tensor
+    transformer: Any, latents: torch.Tensor, text: Text, timestep: torch.Tensor, coords: torch.Tensor
 ) -> torch.Tensor:
-    """One call of the transformer; `sigmas` [1, 1] or [1, N] hold for every row. Returns fp32 [B, N, C]."""
+    """One call of the transformer; `timestep` [1, 1] or [1, N] holds for every row. Returns fp32 [B, N, C]."""
     velocity = transformer(
         hidden_states=latents.to(transformer.dtype),
         encoder_hidden_states=text.embeds.to(transformer.dtype),
         encoder_attention_mask=text.mask,
-        timestep=(sigmas * 1000.0).expand(latents.shape[0], -1),
+        timestep=timestep.expand(latents.shape[0], -1),
         video_coords=coords,
         return_dict=False,
     )[0]

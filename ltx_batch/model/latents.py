@@ -20,15 +20,18 @@ def from_tokens(tokens: torch.Tensor, size: tuple[int, int, int]) -> torch.Tenso
 
 
 def token_coords(
-    size: tuple[int, int, int], *, start_frame: int, frame_rate: float, device: torch.device
+    size: tuple[int, int, int], *, start_frame: int, frame_rate: float, device: torch.device, causal: bool = True
 ) -> torch.Tensor:
     """Where each token begins, [1, 3, F*H*W]: seconds, rows, columns.
 
-    The first latent frame holds one frame and each later one eight; LTX-Video, autoencoders/vae_encode.py,
-    latent_to_pixel_coords with causal_fix.
+    The first latent frame holds one frame and each later one eight; releases before 0.9.5, not `causal`, count eight for
+    the first too. LTX-Video, autoencoders/vae_encode.py, latent_to_pixel_coords.
     """
     frames, rows, columns = (torch.arange(length, device=device, dtype=torch.float32) for length in size)
-    starts = (frames * TEMPORAL + 1 - TEMPORAL).clamp(min=0) + start_frame
+    starts = frames * TEMPORAL
+    if causal:
+        starts = (starts + 1 - TEMPORAL).clamp(min=0)
+    starts = starts + start_frame
     grid = torch.meshgrid(starts * (1.0 / frame_rate), rows * SPATIAL, columns * SPATIAL, indexing="ij")
     return torch.stack(grid).flatten(1).unsqueeze(0)
 

@@ -97,6 +97,7 @@ class LtxPipeline:
             quantized = quantize_blocks(parts.transformer, policy, device)
         self.device = device
         self.scheduler: SchedulerConfig = parts.scheduler
+        self._causal, self._timestep_scale = parts.causal_positions, parts.timestep_scale
         self.transformer = parts.transformer.to(device)
         self.loras = LoraSwitch(self.transformer, device)
         self.vae = parts.vae.to(device)
@@ -196,14 +197,29 @@ class LtxPipeline:
         """One denoise pass, from noise or from `begin`: normalised latents fp32 [B, C, F, H, W]."""
         noises = [row.noise for row in rows]
         with watch.stage("condition"):
-            conditions = [row.conditions for row in rows]
-            channels = self.transformer.config.in_channels
-            tokens = start_tokens(one, conditions, noises, self.vae, channels, plan.frame_rate, begin=begin)
+            tokens = start_tokens(
+                one,
+                [row.conditions for row in rows],
+                noises,
+                self.vae,
+                self.transformer.config.in_channels,
+                plan.frame_rate,
+                begin=begin,
+                causal=self._causal,
+            )
         with watch.stage("denoise"):
             prompt = Text.stack([row.prompt for row in rows])
             negative = Text.stack([row.negative for row in rows if row.negative]) if plan.needs_negative else None
-            scale = plan.image_cond_noise_scale
-            clean = denoise_pass(self.transformer, tokens, prompt, negative, one, noises, image_cond_noise_scale=scale)
+            clean = denoise_pass(
+                self.transformer,
+                tokens,
+                prompt,
+                negative,
+                one,
+                noises,
+                image_cond_noise_scale=plan.image_cond_noise_scale,
+                timestep_scale=self._timestep_scale,
+            )
         return from_tokens(clean, one.latent_size)
 
     def close(self) -> None:
