@@ -19,8 +19,12 @@ def refuse_relative(job: JobSpec) -> None:
     """Raises JobError where manifest or output mean something only in this working directory."""
     faults = [
         f"{name}: {uri} is relative, and the working directory of a Ray job is a copy that is thrown away; "
-        f"give an absolute path or a URI with --{name}"
-        for name, uri in (("manifest", job.manifest), ("output", job.output), ("set text_cache", job.text_cache))
+        f"give an absolute path or a URI with {option}"
+        for name, option, uri in (
+            ("manifest", "--manifest", job.manifest),
+            ("output", "--output", job.output),
+            ("text_cache", "--set text_cache=", job.text_cache),
+        )
         if uri is not None and is_relative(uri)
     ] + [
         f"model.loras: {lora.path} is relative, and the working directory of a Ray job is a copy: give an absolute path "

@@ -93,9 +93,9 @@ class _Recent:
 
 
 def _missing(text: str, cache: TextCache | None) -> EmbeddingMissing:
-    place = "there is no text cache" if cache is None else f"the text cache {cache.uri} has none that is whole"
-    shown = text if len(text) <= 60 else f"{text[:60]}..."
+    """The first line is the same for every text, so that a run's many are counted as one."""
+    place = "there is no text cache" if cache is None else f"it is not, or not whole, in the text cache {cache.uri}"
     return EmbeddingMissing(
-        f"no embedding of {shown!r}: {place}, and no text encoder is loaded; "
-        "run `ltx-batch encode JOB.yaml`, or set text: stage"
+        "a prompt is not encoded: run `ltx-batch encode JOB.yaml`, or set text: stage, then retry\n"
+        f"{place}, and no text encoder is loaded: {text!r}"
     )
