@@ -36,8 +36,8 @@ class FakeRenderer:
     def __init__(self, precision: str = "fp32") -> None:
         self.precision = precision
 
-    def prepare(self, request: RenderRequest) -> None:
-        pass
+    def prepare(self, request: RenderRequest) -> RenderRequest:
+        return request
 
     def render(self, requests: Sequence[RenderRequest]) -> list[Clip]:
         started_s = time.perf_counter()

@@ -41,8 +41,11 @@ class Renderer(Protocol):
     device: str
     precision: str
 
-    def prepare(self, request: RenderRequest) -> None:
-        """Fetch what can be had before the request's turn, from any thread. Raises RowError where it cannot be rendered."""
+    def prepare(self, request: RenderRequest) -> RenderRequest:
+        """Do what can be done before the request's turn, from any thread; returns what `render` then takes.
+
+        Raises RowError where it cannot be rendered.
+        """
         ...
 
     def render(self, requests: Sequence[RenderRequest]) -> list[Clip]:
@@ -78,11 +81,20 @@ class LtxRenderer:
         """What rendering the request will do. Raises InvalidRow."""
         return plan_request(request, self._config, self._pipeline.scheduler)
 
-    def prepare(self, request: RenderRequest) -> None:
-        """Fetch the request's embeddings from the text cache, where there is one. Raises EmbeddingMissing, InvalidRow."""
+    def prepare(self, request: RenderRequest) -> RenderRequest:
+        """Read and pre-process the request's media, and fetch its embeddings from the text cache, where there is one.
+
+        Raises EmbeddingMissing, InvalidRow, MediaError.
+        """
         self._pipeline.text.fetch(request.prompt)
         if self.plan(request).needs_negative:
             self._pipeline.text.fetch(request.negative_prompt, negative=True)
+        return self._with_media(request)
+
+    def _with_media(self, request: RenderRequest) -> RenderRequest:
+        from ltx_batch.model.preprocess import preprocess_request
+
+        return preprocess_request(load_media(request, self._options), self._preprocess)
 
     def render(self, requests: Sequence[RenderRequest]) -> list[Clip]:
         """Clips in order; a stage's seconds are shared evenly among the clips of a batch.
@@ -96,8 +108,8 @@ class LtxRenderer:
         if len({request.batch_key() for request in requests}) > 1:
             raise ValueError("the requests of one render call must share their batch_key()")
         plans = [self.plan(request) for request in requests]
-        loaded = [load_media(request, self._options) for request in requests]
-        return render_batch(self._pipeline, plans[0], loaded, self._preprocess) if requests else []
+        prepared = [self._with_media(request) for request in requests]
+        return render_batch(self._pipeline, plans[0], prepared, self._preprocess) if requests else []
 
     def trace(
         self,
@@ -122,10 +134,10 @@ class LtxRenderer:
 
         plan = self.plan(request)
         if conditions is None:
-            request = load_media(request, self._options)
+            request = self._with_media(request)
             items = prepare_conditions(request, plan, self._preprocess)
         else:
-            request = load_media(replace(request, conditions=()), self._options)
+            request = self._with_media(replace(request, conditions=()))
             items = given_conditions(conditions, plan)
         return trace_request(
             self._pipeline,

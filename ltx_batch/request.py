@@ -18,7 +18,15 @@ DEFAULT_NEGATIVE_PROMPT = "worst quality, inconsistent motion, blurry, jittery, 
 DEFAULT_SEED = 171198
 MAX_WEIGHT = 3.4e38  # of a LoRA: what float32 holds
 
-Media = str | Path | NDArray[np.uint8]
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prepared:
+    """Media as a renderer's `prepare` leaves them: uint8 RGB [F, H, W, 3], read, cut to length and pre-processed."""
+
+    frames: NDArray[np.uint8]
+
+
+Media = str | Path | NDArray[np.uint8] | Prepared
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,8 +85,7 @@ class Worker:
                     records[task.key] = replace(found, reused=True)
                     continue
                 started_s = time.perf_counter()
-                self._renderer.prepare(task.request)
-                request = self._fetch(task.request)
+                request = self._renderer.prepare(self._fetch(task.request))
                 ready.append((task, request, time.perf_counter() - started_s))
         for task, clip, timings in self._render(ready, records):
             with self._catch(task, records):

@@ -12,22 +12,24 @@ from numpy.typing import NDArray
 from ltx_batch.errors import InvalidRow, MediaError
 from ltx_batch.media import load_frames
 from ltx_batch.model.plan import TEMPORAL, pad_frames
-from ltx_batch.request import Condition, RenderRequest
+from ltx_batch.request import Condition, Prepared, RenderRequest
 
 
 def load_media(request: RenderRequest, options: Mapping[str, Any] | None = None) -> RenderRequest:
     """The request with all its media as uint8 RGB [F, H, W, 3]: those frames that the clip takes.
 
-    `options` are fsspec options for URIs. Raises MediaError where media are missing, unreadable, not what was hashed or
+    Prepared media stay as they are. `options` are fsspec options for URIs. Raises MediaError where media are missing, unreadable, not what was hashed or
     too short, InvalidRow where a video starts at a frame at which none can.
     """
 
     def load(condition: Condition) -> Condition:
+        if isinstance(condition.media, Prepared):
+            return condition
         found = load_frames(condition, request.num_frames - condition.start_frame, options)
         return replace(found, media=take_condition(np.asarray(found.media), condition.start_frame, request.num_frames))
 
     begin = request.input_media
-    if begin is not None:
+    if begin is not None and not isinstance(begin.media, Prepared):
         found = load_frames(begin, pad_frames(request.num_frames), options)
         begin = replace(found, media=take_input(np.asarray(found.media), request.num_frames))
     return replace(request, conditions=tuple(load(one) for one in request.conditions), input_media=begin)

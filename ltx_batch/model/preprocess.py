@@ -7,7 +7,9 @@ passed through H.264, and conditions stay as large as their file, so that each p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ from ltx_batch.errors import MediaError
 from ltx_batch.media import compress_frames
 from ltx_batch.model.frames import take_condition, take_input
 from ltx_batch.model.plan import Target
+from ltx_batch.request import Condition, Prepared, RenderRequest
 
 Frames = NDArray[np.uint8]
 
@@ -33,32 +36,54 @@ class ConditionItem:
     strength: float
 
 
+def preprocess_request(request: RenderRequest, preprocess: str) -> RenderRequest:
+    """The request with its media, uint8 arrays, as `Prepared`: the slow part of preparing them, which needs no device."""
+    target = Target(request.height, request.width, request.num_frames)
+    conditions, begin = request.conditions, request.input_media
+    return replace(
+        request,
+        conditions=tuple(_prepared(one, partial(_shape, one.start_frame, target, preprocess)) for one in conditions),
+        input_media=begin and _prepared(begin, partial(_shape_input, target, preprocess)),
+    )
+
+
 def prepare_media(
-    frames: Frames, start_frame: int, strength: float, target: Target, preprocess: str = "none"
+    frames: Frames | Prepared, start_frame: int, strength: float, target: Target, preprocess: str = "none"
 ) -> ConditionItem:
     """Conditioning media, uint8 RGB [F, H, W, 3], trimmed to what fits the clip, cropped to its shape, and padded as it is.
 
     `preprocess` none: resized to the clip's size first. official: blurred and compressed at the size of the file, which
     they keep, and padded with the clip's pads at that size. Raises MediaError or InvalidRow.
     """
-    taken = take_condition(frames, start_frame, target.num_frames)
-    if preprocess == "official":
-        pixels = pad(_to_pixels(_degrade(_crop(taken, target))), target.pads)
-    else:
-        pixels = _pad_to(_fit(taken, target), target)
+    shaped = frames.frames if isinstance(frames, Prepared) else _shape(start_frame, target, preprocess, frames)
+    official = preprocess == "official"
+    pixels = pad(_to_pixels(shaped), target.pads) if official else _pad_to(_fit(shaped, target), target)
     return ConditionItem(_to_video(pixels), start_frame, strength)
 
 
-def prepare_input_media(frames: Frames, target: Target, preprocess: str) -> torch.Tensor:
+def prepare_input_media(frames: Frames | Prepared, target: Target, preprocess: str) -> torch.Tensor:
     """What video to video begins from: fp32 [1, 3, F, H, W] in [-1, 1] of the target's padded size and frames.
 
     uint8 RGB [F, H, W, 3] are cropped to the clip's shape, resized to its size (Pillow's bicubic, as in the official
     script), with `official` blurred and compressed at that size, and padded. Raises MediaError where frames are too few.
     """
+    shaped = frames.frames if isinstance(frames, Prepared) else _shape_input(target, preprocess, frames)
+    return _to_video(_pad_to(_to_pixels(shaped), target))
+
+
+def _prepared(condition: Condition, shape: Callable[[Frames], Frames]) -> Condition:
+    media = condition.media
+    return condition if isinstance(media, Prepared) else replace(condition, media=Prepared(shape(np.asarray(media))))
+
+
+def _shape(start_frame: int, target: Target, preprocess: str, frames: Frames) -> Frames:
+    taken = take_condition(frames, start_frame, target.num_frames)
+    return _degrade(_crop(taken, target)) if preprocess == "official" else taken
+
+
+def _shape_input(target: Target, preprocess: str, frames: Frames) -> Frames:
     sized = _resize(_crop(take_input(frames, target.num_frames), target), target)
-    if preprocess == "official":
-        sized = _degrade(sized)
-    return _to_video(_pad_to(_to_pixels(sized), target))
+    return _degrade(sized) if preprocess == "official" else sized
 
 
 # official, frame by frame

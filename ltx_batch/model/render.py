@@ -15,11 +15,11 @@ from ltx_batch.model.noise import row_noise
 from ltx_batch.model.pipeline import LtxPipeline, Row, Stopwatch
 from ltx_batch.model.plan import Plan
 from ltx_batch.model.preprocess import ConditionItem, prepare_input_media, prepare_media
-from ltx_batch.request import RenderRequest
+from ltx_batch.request import Condition, Prepared, RenderRequest
 
 
 def render_batch(pipeline: LtxPipeline, plan: Plan, requests: Sequence[RenderRequest], preprocess: str) -> list[Clip]:
-    """A clip for each request, in order. Their media are loaded: uint8 frames [F, H, W, 3]."""
+    """A clip for each request, in order. Their media are `Prepared`."""
     watch = Stopwatch(pipeline.device)
     on_gpu = pipeline.device.type == "cuda"
     if on_gpu:
@@ -53,7 +53,7 @@ def render_batch(pipeline: LtxPipeline, plan: Plan, requests: Sequence[RenderReq
 
 def prepare_conditions(request: RenderRequest, plan: Plan, preprocess: str) -> tuple[ConditionItem, ...]:
     return tuple(
-        prepare_media(np.asarray(one.media), one.start_frame, one.strength, plan.target, preprocess)
+        prepare_media(_loaded(one), one.start_frame, one.strength, plan.target, preprocess)
         for one in request.conditions
     )
 
@@ -61,7 +61,12 @@ def prepare_conditions(request: RenderRequest, plan: Plan, preprocess: str) -> t
 def prepare_input(request: RenderRequest, plan: Plan, preprocess: str) -> torch.Tensor | None:
     """What video to video begins from; None where the clip begins from noise."""
     begin = request.input_media
-    return None if begin is None else prepare_input_media(np.asarray(begin.media), plan.target, preprocess)
+    return None if begin is None else prepare_input_media(_loaded(begin), plan.target, preprocess)
+
+
+def _loaded(condition: Condition) -> Prepared:
+    assert isinstance(condition.media, Prepared)
+    return condition.media
 
 
 def _render_alike(pipeline: LtxPipeline, plan: Plan, rows: Sequence[Row], watch: Stopwatch) -> list[NDArray[np.uint8]]:

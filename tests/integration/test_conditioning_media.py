@@ -216,3 +216,18 @@ def test_a_later_video_must_start_where_a_latent_frame_does(plain: LtxRenderer) 
         hashed(plain, num_frames=25, conditions=(Condition(pictures(9), 4),))
     still = hashed(plain, num_frames=25, conditions=(Condition(pictures(8), 4),))
     assert still == hashed(plain, num_frames=25, conditions=(Condition(pictures(8)[:1], 4),)), "below 9 frames: a still"
+
+
+# before its turn
+
+
+def test_what_is_prepared_ahead_renders_alike_and_is_not_prepared_again(official: LtxRenderer, tmp_path: Path) -> None:
+    still, moving = pictures(height=100, width=131), video(tmp_path / "in.mp4", pictures(9))
+    request = replace(REQUEST, conditions=(Condition(still, 5),), input_media=Condition(moving))
+    prepared = official.prepare(request)
+    Path(moving).unlink()
+    assert official.prepare(prepared) == prepared, "their media are the same objects"
+    first, again = official.render([prepared, prepared])
+    assert first.frames_sha256() == again.frames_sha256()
+    video(tmp_path / "in.mp4", pictures(9))
+    assert official.render([prepared])[0].frames_sha256() == official.render([request])[0].frames_sha256()
