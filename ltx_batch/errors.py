@@ -8,7 +8,7 @@
     │   ├── PrecisionError    a precision that is unknown, not built yet, or cannot run on this device
     │   └── StorageRefused    an output that cannot keep the ledger's promises
     ├── RowError              one row; the others go on (exit code 1 at the end)
-    │   ├── MediaError        conditioning media that is missing, unreadable or not what was hashed
+    │   ├── MediaError        conditioning or input media that is missing, unreadable, too short or not what was hashed
     │   ├── EmbeddingMissing  a text that is not in the cache, where no text encoder is loaded
     │   ├── LoraError         a LoRA file that is missing, unreadable, not what was hashed, or not of this model
     │   ├── InvalidRow        a manifest row that breaks a rule (only with --skip-invalid)
