@@ -101,7 +101,7 @@ class PipelineConfig(PassConfig):
     second_pass: PassConfig | None = None
     stg_mode: Literal["attention_values", "attention_skip", "residual", "transformer_block"] = "attention_values"
     decode_timestep: float = Field(0.05, ge=0, le=1)
-    decode_noise_scale: float | None = Field(0.025, ge=0, le=1, description="None: decode_timestep")
+    decode_noise_scale: float | None = Field(None, ge=0, le=1, description="None: decode_timestep")
     image_cond_noise_scale: float = Field(0.15, ge=0)
     text_encoder_model_name_or_path: str | None = None
     precision: Literal["bfloat16", "float8_e4m3fn", "mixed_precision"] = "bfloat16"
@@ -179,7 +179,7 @@ def load_pipeline_config(
     if named is None:
         beside = folder / FILE_NAME if folder is not None else None
         if beside is None or not beside.is_file():
-            return PipelineConfig.model_validate({})
+            return PipelineConfig(decode_noise_scale=0.025)
         named = str(beside)
     if named in PRESETS:
         return PipelineConfig.model_validate(dict(PRESETS[named]))

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
+
 from ltx_batch.errors import CheckpointError
 
 
@@ -56,8 +58,18 @@ def make_sigmas(sampler: str, num_inference_steps: int, tokens: int, scheduler: 
 
 
 def uniform(num_steps: int) -> list[float]:
-    """Equal steps from 1 to 1/num_steps (Lightricks/LTX-Video, schedulers/rf.py, sampler Uniform)."""
-    return [1.0 - i / num_steps for i in range(num_steps)]
+    """Equal steps from 1 to 1/num_steps (Lightricks/LTX-Video, schedulers/rf.py, sampler Uniform).
+
+    To the bit what torch.linspace gives in float32: guidance tables are looked up by comparing with these.
+    """
+    if num_steps == 1:
+        return [1.0]
+    last = np.float32(1 / num_steps)
+    step = float((np.float32(1) - last) / np.float32(num_steps - 1))
+    exact = [
+        1.0 - step * i if i < num_steps // 2 else float(last) + step * (num_steps - 1 - i) for i in range(num_steps)
+    ]
+    return [float(np.float32(sigma)) for sigma in exact]
 
 
 def linear_quadratic(num_steps: int, threshold: float = 0.025) -> list[float]:

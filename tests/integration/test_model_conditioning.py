@@ -143,10 +143,13 @@ def test_extra_tokens_come_in_order_before_the_clip(vae: Any) -> None:
 
 
 def test_media_are_sampled_from_what_the_vae_says(vae: Any) -> None:
-    item = prepare_media(gradient(64, 96), 0, 1.0, make_plan().target)
+    plan = make_plan()
+    item = prepare_media(gradient(64, 96), 0, 1.0, plan.target)
     distribution = vae.encode(item.pixels).latent_dist
     for level in (0.0, 2.0):
-        found = encode_media([item], [lambda name, shape, level=level: torch.full(shape, level)], "x", vae)
+        found = encode_media(
+            [item.pixels], plan.passes[0], [lambda name, shape, level=level: torch.full(shape, level)], "x", vae
+        )
         torch.testing.assert_close(found, normalize(distribution.mean + level * distribution.std, vae))
 
 
@@ -161,6 +164,11 @@ def test_coordinates_are_those_of_the_official_code() -> None:
     assert coords[0, 2, :4].tolist() == [0, 32, 0, 32]
 
 
+def test_releases_before_0_9_5_count_eight_frames_for_the_first_latent_too() -> None:
+    coords = token_coords((3, 1, 1), start_frame=0, frame_rate=8.0, device=torch.device("cpu"), causal=False)
+    assert coords[0, 0].tolist() == [0.0, 1.0, 2.0]
+
+
 def test_tokens_and_latents_go_back_and_forth(vae: Any) -> None:
     latents = torch.randn(2, LATENT_CHANNELS, 3, 2, 4)
     assert torch.equal(from_tokens(to_tokens(latents), (3, 2, 4)), latents)
@@ -171,4 +179,4 @@ def test_tokens_and_latents_go_back_and_forth(vae: Any) -> None:
 
 def test_the_folder_is_a_real_checkpoint(tmp_path: Path) -> None:
     names = {entry.name for entry in write_tiny_checkpoint(tmp_path).iterdir()}
-    assert names == {"transformer", "vae", "text_encoder", "tokenizer", "scheduler"}
+    assert names == {"transformer", "vae", "text_encoder", "tokenizer", "scheduler", "latent_upsampler"}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.ltx.pipeline_ltx import calculate_shift
 from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
 
-from ltx_batch.model.sigmas import SchedulerConfig, linear_quadratic, make_sigmas
+from ltx_batch.model.sigmas import SchedulerConfig, linear_quadratic, make_sigmas, uniform
 
 
 @pytest.mark.parametrize("steps", [2, 3, 8, 30, 41])
@@ -34,3 +35,9 @@ def test_static_shift() -> None:
     theirs.set_timesteps(sigmas=linear_quadratic(12))
     ours = make_sigmas("from_checkpoint", 12, 2400, SchedulerConfig(shift=3.0))
     np.testing.assert_allclose(ours, theirs.sigmas[:-1].numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 8, 10, 30, 40, 1000])
+def test_uniform_is_torchs_linspace_to_the_bit(steps: int) -> None:
+    """rf.py takes its levels from there, and a guidance table says 0.9 where the schedule says 0.9."""
+    assert uniform(steps) == torch.linspace(1, 1 / steps, steps).tolist()

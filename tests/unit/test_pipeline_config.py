@@ -44,7 +44,9 @@ def test_an_official_base_file_is_read_as_it_is(tmp_path: Path) -> None:
 
 
 def test_the_named_file_wins_over_the_folder_and_that_over_the_defaults(tmp_path: Path) -> None:
-    assert load_pipeline_config(None, tmp_path) == load_pipeline_config(None) == PipelineConfig.model_validate({})
+    assert (
+        load_pipeline_config(None, tmp_path) == load_pipeline_config(None) == PipelineConfig(decode_noise_scale=0.025)
+    )
     (tmp_path / "pipeline_config.yaml").write_text("timesteps: [1.0, 0.5]")
     assert load_pipeline_config(None, tmp_path).timesteps == (1.0, 0.5)
     other = tmp_path / "other.yaml"
