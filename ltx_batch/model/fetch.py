@@ -2,102 +2,162 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ltx_batch.errors import CheckpointError
+from ltx_batch.model.catalog import OFFICIAL, find_official
+from ltx_batch.model.hub import HubRepo, download
 from ltx_batch.model.pipeline_config import FILE_NAME
-from ltx_batch.storage import FileRef, expand, fetch_uri, is_local_uri
+from ltx_batch.storage import FileRef, expand, fetch_uri, is_local_uri, sha256_uri, stat_uri
 
 # Folders whose files change the picture. Readmes and the like beside them do not count.
 COMPONENTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler", "latent_upsampler")
+UPSAMPLER_FOLDERS = ("latent_upsampler",)
 SCHEDULER_FILE = "scheduler/scheduler_config.json"
+SINGLE_FILE = "checkpoint.safetensors"  # what a single file is called in listings, whatever its own name
 _SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".yaml")
-_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?")
+_HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+\.safetensors))?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def checkpoint_files(checkpoint: str, options: Mapping[str, Any] | None = None) -> dict[str, FileRef]:
-    """The checkpoint's files by their name below it. `checkpoint` is a folder, URI or hub id. Raises CheckpointError."""
-    root = checkpoint if _is_remote(checkpoint) else str(local_folder(checkpoint, options))
-    found: dict[str, FileRef] = {}
-    for place in (*COMPONENTS, FILE_NAME):
+@dataclass(frozen=True, slots=True)
+class HubPlace:
+    """A repository of the model hub, or one file of it."""
+
+    repo: str
+    revision: str | None = None
+    file: str | None = None
+
+
+def locate(name: str) -> str | HubPlace:
+    """`name` as a local path, a URI, or a place at the hub: an official name or file name, `owner/name@revision`,
+    `owner/name@revision:path/to/file.safetensors`. What exists here is meant first. Raises CheckpointError."""
+    if not is_local_uri(name):
+        return name
+    path = Path(name.removeprefix("file://")).expanduser()
+    official = find_official(name)
+    if official is not None and (name in OFFICIAL or not path.exists()):
+        return HubPlace(official.repo, file=official.file)
+    if path.exists():
+        return str(path)
+    hub = _HUB_ID.fullmatch(name)
+    if hub is None or (hub["file"] is None and name.endswith(".safetensors")):
+        close = difflib.get_close_matches(name.removesuffix(".safetensors"), OFFICIAL, n=1)
+        raise CheckpointError(
+            f"no checkpoint at {name}; give demo, a folder, a .safetensors file, a URI, a hub id such as owner/name@revision "
+            f"or owner/name:file.safetensors, or a name of `ltx-batch fetch`"
+            + (f" such as {close[0]}" if close else "")
+        )
+    return HubPlace(hub["repo"], hub["revision"], hub["file"])
+
+
+def checkpoint_files(
+    checkpoint: str, options: Mapping[str, Any] | None = None, *, folders: tuple[str, ...] = COMPONENTS
+) -> dict[str, FileRef]:
+    """The checkpoint's files by their name below it; a single file is SINGLE_FILE. Nothing large is downloaded.
+
+    Raises CheckpointError.
+    """
+    place = locate(checkpoint)
+    if isinstance(place, HubPlace):
+        return _hub_files(place, folders)
+    if place.endswith(".safetensors"):
         try:
-            refs = expand(f"{root.rstrip('/')}/{place}", suffixes=_SUFFIXES, options=options)
+            return {SINGLE_FILE: stat_uri(place, options)}
+        except FileNotFoundError:
+            raise CheckpointError(f"no checkpoint at {checkpoint}") from None
+    found: dict[str, FileRef] = {}
+    for part in (*folders, FILE_NAME):
+        try:
+            refs = expand(f"{place.rstrip('/')}/{part}", suffixes=_SUFFIXES, options=options)
         except FileNotFoundError:
             continue
-        found |= {place if place == FILE_NAME else f"{place}/{ref.uri.rpartition('/')[2]}": ref for ref in refs}
+        found |= {part if part == FILE_NAME else f"{part}/{ref.uri.rpartition('/')[2]}": ref for ref in refs}
     if not found:
-        raise CheckpointError(f"no checkpoint at {checkpoint}: none of {'/, '.join(COMPONENTS)}/ is there")
+        raise CheckpointError(f"no checkpoint at {checkpoint}: none of {'/, '.join(folders)}/ is there")
     return found
 
 
-def local_folder(checkpoint: str, options: Mapping[str, Any] | None = None) -> Path:
-    """The checkpoint's folder on this machine; URIs and hub ids are downloaded once. Raises CheckpointError."""
-    if checkpoint.endswith(".safetensors"):
-        raise CheckpointError(
-            f"{checkpoint}: single-file checkpoints are not built yet; give a folder in diffusers' layout"
-        )
-    if _is_remote(checkpoint):
-        return _download(checkpoint, options)
-    folder = Path(checkpoint.removeprefix("file://")).expanduser()
-    if folder.is_dir():
-        return folder
-    hub = _HUB_ID.fullmatch(checkpoint)
-    if hub is None:
-        raise CheckpointError(
-            f"no checkpoint at {checkpoint}; give demo, a folder, a URI or a hub id such as Lightricks/LTX-Video"
-        )
-    return _from_hub(hub["repo"], hub["revision"])
+def file_hash(ref: FileRef, options: Mapping[str, Any] | None = None) -> str:
+    """sha256 of the file. The hub's own serves: its weights are not downloaded for it."""
+    known = ref.uri.startswith("hf://") and _SHA256.fullmatch(ref.fingerprint)
+    return ref.fingerprint if known else sha256_uri(ref, options)
 
 
-def _is_remote(checkpoint: str) -> bool:
-    return not is_local_uri(checkpoint)
+def local_checkpoint(
+    checkpoint: str, options: Mapping[str, Any] | None = None, *, folders: tuple[str, ...] = COMPONENTS
+) -> Path:
+    """The checkpoint's folder or file on this machine; what lies elsewhere is downloaded once. Raises CheckpointError."""
+    place = locate(checkpoint)
+    if isinstance(place, HubPlace):
+        return download(place.repo, place.revision, file=place.file, folders=folders)
+    return Path(place) if is_local_uri(place) else _download(place, options, folders)
 
 
-def _download(uri: str, options: Mapping[str, Any] | None) -> Path:
+local_folder = local_checkpoint
+
+
+def _hub_files(place: HubPlace, folders: tuple[str, ...]) -> dict[str, FileRef]:
+    try:
+        repo = HubRepo.look_up(place.repo, place.revision)
+    except CheckpointError as error:
+        return _cached_files(place, folders, error)
+    if place.file is not None:
+        if place.file not in repo.files:
+            raise CheckpointError(f"{place.repo} at {repo.commit} has no {place.file}")
+        return {SINGLE_FILE: repo.ref(place.file)}
+    named = [file.name for file in repo.below(folders) if file.name.endswith(_SUFFIXES)]
+    if not named:
+        raise CheckpointError(f"{place.repo} at {repo.commit} has none of {'/, '.join(folders)}/")
+    beside = [FILE_NAME] if FILE_NAME in repo.files else []
+    return {name: repo.ref(name) for name in named + beside}
+
+
+def _cached_files(place: HubPlace, folders: tuple[str, ...], error: CheckpointError) -> dict[str, FileRef]:
+    """Where the hub cannot be reached: what its cache here holds."""
+    try:
+        found = download(place.repo, place.revision, file=place.file, folders=folders)
+    except CheckpointError:
+        raise error from None
+    return {SINGLE_FILE: stat_uri(str(found))} if place.file else checkpoint_files(str(found), folders=folders)
+
+
+def _download(uri: str, options: Mapping[str, Any] | None, folders: tuple[str, ...]) -> Path:
     """Into the user's cache, in a folder named by what the listing says, so that changed files are another folder."""
-    files = checkpoint_files(uri, options)
+    files = checkpoint_files(uri, options, folders=folders)
     mark = repr(sorted((name, ref.size, ref.fingerprint) for name, ref in files.items()))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ltx_batch" / "checkpoints"
     target = cache / hashlib.sha256(f"{uri}{mark}".encode()).hexdigest()[:16]
-    if target.is_dir():
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache) as scratch:
-        made = Path(scratch, "checkpoint")
-        for name, ref in files.items():
-            (made / name).parent.mkdir(parents=True, exist_ok=True)
-            fetch_uri(ref.uri, made / name, options)
-        try:
-            made.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster
-                raise
-    return target
+    if not target.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        check_space(cache, sum(max(ref.size, 0) for ref in files.values()), uri)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            made = Path(scratch, "checkpoint")
+            for name, ref in files.items():
+                (made / name).parent.mkdir(parents=True, exist_ok=True)
+                fetch_uri(ref.uri, made / name, options)
+            try:
+                made.rename(target)
+            except OSError:
+                if not target.is_dir():  # else another process was faster
+                    raise
+    return target / SINGLE_FILE if SINGLE_FILE in files else target
 
 
-def _from_hub(repo: str, revision: str | None) -> Path:
-    """The hub's files, in its own cache; where it cannot be reached, what that cache holds."""
-    from huggingface_hub import snapshot_download
-
-    patterns = [*(f"{name}/*" for name in COMPONENTS), FILE_NAME]
-    reasons = []
-    for cached_only in (False, True):
-        try:
-            return Path(
-                snapshot_download(
-                    repo,
-                    revision=revision,
-                    allow_patterns=patterns,
-                    ignore_patterns=["*.bin"],
-                    local_files_only=cached_only,
-                )
-            )
-        except Exception as error:
-            reasons.append((str(error).strip() or type(error).__name__).splitlines()[0])
-    raise CheckpointError(f"there is no folder {repo}, and the model hub does not give {repo}: {reasons[0]}")
+def check_space(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raises CheckpointError where the disk of `folder` has no room."""
+    free_bytes = shutil.disk_usage(folder).free
+    if needed_bytes > free_bytes:
+        raise CheckpointError(
+            f"{what} takes {needed_bytes / 1e9:.1f} GB and {folder} has {free_bytes / 1e9:.1f} GB free; make room, or set "
+            "HF_HOME or XDG_CACHE_HOME to another disk"
+        )

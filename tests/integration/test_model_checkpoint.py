@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from ltx_batch import RenderRequest, load_renderer
 from ltx_batch.errors import CheckpointError
 from ltx_batch.model.checkpoint import load_checkpoint
-from ltx_batch.model.fetch import local_folder
+from ltx_batch.model.fetch import local_checkpoint
 from ltx_batch.renderer import checkpoint_fingerprint
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -147,12 +147,12 @@ def test_a_uri_is_downloaded_once_and_again_when_it_changes(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     memory = fsspec.filesystem("memory")
     memory.put(f"{whole}/", "/weights/changing/", recursive=True)
-    first = local_folder("memory://weights/changing")
+    first = local_checkpoint("memory://weights/changing")
     stamp = (first / "vae" / WEIGHTS).stat()
-    assert local_folder("memory://weights/changing") == first
+    assert local_checkpoint("memory://weights/changing") == first
     assert (first / "vae" / WEIGHTS).stat().st_mtime_ns == stamp.st_mtime_ns
     memory.pipe_file("/weights/changing/scheduler/scheduler_config.json", b'{"shift": 2.0, "more": "of it"}')
-    second = local_folder("memory://weights/changing")
+    second = local_checkpoint("memory://weights/changing")
     assert second != first
     assert b'"shift": 2.0' in (second / "scheduler/scheduler_config.json").read_bytes()
     assert sorted(entry.name for entry in first.parent.iterdir()) == sorted([first.name, second.name])
@@ -167,20 +167,26 @@ def test_a_hub_id_is_taken_from_the_hubs_cache(whole: Path, tmp_path: Path, monk
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for name in ("someone/tiny", f"someone/tiny@{commit}"):
-        assert (local_folder(name) / "vae" / WEIGHTS).read_bytes() == (whole / "vae" / WEIGHTS).read_bytes()
-    with pytest.raises(CheckpointError, match="no folder someone/other, and the model hub does not give someone/other"):
-        local_folder("someone/other")
+        assert (local_checkpoint(name) / "vae" / WEIGHTS).read_bytes() == (whole / "vae" / WEIGHTS).read_bytes()
+    with pytest.raises(CheckpointError, match="there is no someone/other here, and the model hub does not give it"):
+        local_checkpoint("someone/other")
 
 
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [
-        ("ltxv-2b-0.9.8-distilled.safetensors", "single-file checkpoints are not built yet"),
-        ("nowhere", "no checkpoint at nowhere; give demo, a folder, a URI or a hub id"),
+        (
+            "ltxv-2b-0.9.8-distilled.safetensors",
+            "no Lightricks/LTX-Video:ltxv-2b-0.9.8-distilled.safetensors here, and",
+        ),
+        ("ltxv-13b-0.9.8-distiled", "no checkpoint at ltxv-13b.*such as ltxv-13b-0.9.8-distilled$"),
+        ("nowhere.safetensors", "no checkpoint at nowhere.safetensors; give demo, a folder, a .safetensors file"),
+        ("memory://nowhere.safetensors", "no checkpoint at memory://nowhere.safetensors"),
+        ("nowhere", "no checkpoint at nowhere; give demo, a folder, a .safetensors file, a URI, a hub id"),
         ("/nowhere/at/all", "no checkpoint at /nowhere/at/all"),
         ("memory://nowhere/at/all", "no checkpoint at memory://nowhere/at/all: none of transformer/"),
     ],
 )
 def test_a_checkpoint_that_is_nowhere_is_told(checkpoint: str, message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
-        local_folder(checkpoint)
+        local_checkpoint(checkpoint)
