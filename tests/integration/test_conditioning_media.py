@@ -231,3 +231,37 @@ def test_what_is_prepared_ahead_renders_alike_and_is_not_prepared_again(official
     assert first.frames_sha256() == again.frames_sha256()
     video(tmp_path / "in.mp4", pictures(9))
     assert official.render([prepared])[0].frames_sha256() == official.render([request])[0].frames_sha256()
+
+
+# multi-scale
+
+
+def test_both_passes_of_a_multi_scale_render_take_the_media(tiny: Path, tmp_path: Path) -> None:
+    """Conditions trimmed to 8k + 1, at three placements, from files of another size, and input media beside them."""
+    passes = (
+        "first_pass: {timesteps: [0.9, 0.5], guidance_scale: 1}\nsecond_pass: {timesteps: [0.6], guidance_scale: 1}\n"
+    )
+    (tmp_path / "pipeline.yaml").write_text(f"pipeline_type: multi-scale\n{passes}")
+    config = str(tmp_path / "pipeline.yaml")
+    renderer = load_renderer(str(tiny), device="cpu", pipeline_config=config, condition_preprocess="official")
+    request = replace(REQUEST, height=120, width=190, num_frames=33)
+    media = pictures(40, height=100, width=131)
+    conditions = (Condition(media[:12]), Condition(media[:1], 5), Condition(media, 16))  # 9, 1 and 17 frames
+    wanted: list[str] = []
+
+    def noise(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if "vae_sample" in name:
+            wanted.append(f"{name} {shape[2]}")
+        return torch.zeros(shape)
+
+    trace = renderer.trace(replace(request, conditions=conditions, input_media=Condition(media)), noise=noise)
+    sampled = [f"vae_sample.{index} {latent_frames}" for index, latent_frames in enumerate((2, 1, 3))]
+    assert wanted == [
+        "pass1.vae_sample.input_media 5",
+        *(f"pass1.{one}" for one in sampled),
+        *(f"pass2.{one}" for one in sampled),
+    ]
+    assert trace.frames.shape == (1, 3, 33, 120, 190)
+    without = renderer.trace(replace(request, input_media=Condition(media)), noise=noise)
+    assert trace.second_pass is not None and without.second_pass is not None
+    assert not torch.equal(trace.second_pass, without.second_pass)
