@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +14,8 @@ from . import draw, world
 from .buckets import BUCKETS, Bucket
 from .nets import normalize
 
-_CHUNK_PIXELS = 40_000_000
+# Chunks of a bucket are all of one size: a convolution of another size is another search for its fastest kernel.
+_CHUNK_PIXELS = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -27,23 +30,56 @@ class Latents:
     low: Tensor | None = None
 
 
+Part = tuple[Tensor | None, ...]
+
+
 @torch.no_grad()
 def encode_bucket(
     vae: AutoencoderKLLTXVideo, bucket: Bucket, count: int, generator: torch.Generator, *, halves: bool = False
 ) -> Latents:
-    parts = []
-    chunk = max(1, _CHUNK_PIXELS // bucket.pixels)
-    for start in range(0, count, chunk):
-        size = min(chunk, count - start)
-        scenes = world.sample_scenes(size, bucket.height, bucket.width, bucket.num_frames, generator=generator)
-        parts.append(_encode(vae, scenes, generator, halves=halves))
+    """`count` clips or a few more: whole chunks."""
+    chunks = math.ceil(count / chunk_size(bucket))
+    return _joined([encode_chunk(vae, bucket, generator, halves=halves) for _ in range(chunks)])
+
+
+@torch.no_grad()
+def encode_all(
+    vae: AutoencoderKLLTXVideo, clips_of_main: int, generator: torch.Generator, seconds: float
+) -> list[tuple[Bucket, Latents]]:
+    """Every bucket, each with the pixels that its share of the training deserves, or what there was time for."""
+    budget = clips_of_main * BUCKETS[0].pixels / BUCKETS[0].share
+    wanted = {bucket: math.ceil(budget * bucket.share**0.7 * 0.5 / bucket.pixels) for bucket in BUCKETS}
+    parts: dict[Bucket, list[Part]] = {bucket: [] for bucket in BUCKETS}
+    began_s = time.monotonic()
+    while True:
+        done, bucket = min((len(parts[b]) * chunk_size(b) / wanted[b], i) for i, b in enumerate(BUCKETS))
+        if done >= 1 or (done > 0 and time.monotonic() - began_s > seconds):
+            return [(b, _joined(found)) for b, found in parts.items()]
+        parts[BUCKETS[bucket]].append(encode_chunk(vae, BUCKETS[bucket], generator))
+
+
+def chunk_size(bucket: Bucket) -> int:
+    return max(1, _CHUNK_PIXELS // bucket.pixels)
+
+
+def encode_chunk(
+    vae: AutoencoderKLLTXVideo, bucket: Bucket, generator: torch.Generator, *, halves: bool = False
+) -> Part:
+    scenes = world.sample_scenes(
+        chunk_size(bucket), bucket.height, bucket.width, bucket.num_frames, generator=generator
+    )
+    part = _encode(vae, scenes, generator, halves=halves)
+    if generator.device.type == "cuda":
+        torch.cuda.synchronize()  # the clock is read between chunks
+    return part
+
+
+def _joined(parts: list[Part]) -> Latents:
     joined = [None if column[0] is None else torch.cat(column) for column in zip(*parts, strict=True)]
     return Latents(*joined)  # type: ignore[arg-type]
 
 
-def _encode(
-    vae: AutoencoderKLLTXVideo, scenes: world.Scenes, generator: torch.Generator, *, halves: bool
-) -> tuple[Tensor | None, ...]:
+def _encode(vae: AutoencoderKLLTXVideo, scenes: world.Scenes, generator: torch.Generator, *, halves: bool) -> Part:
     clips, _ = draw.draw(scenes)
     at = torch.randint(1, scenes.num_frames, (len(scenes),), generator=generator, device=clips.device)
     stills = clips[torch.arange(len(scenes), device=clips.device), :, at].unsqueeze(2)
@@ -57,15 +93,3 @@ def _latents(vae: AutoencoderKLLTXVideo, clips: Tensor) -> Tensor:
     with torch.autocast(clips.device.type, torch.bfloat16, enabled=clips.device.type == "cuda"):
         mean = vae.encode(clips).latent_dist.mean
     return normalize(mean.float(), vae).to(torch.bfloat16)
-
-
-def encode_all(
-    vae: AutoencoderKLLTXVideo, clips_of_main: int, generator: torch.Generator
-) -> list[tuple[Bucket, Latents]]:
-    """Every bucket, each with the pixels that its share of the training deserves."""
-    budget = clips_of_main * BUCKETS[0].pixels / BUCKETS[0].share
-    found = []
-    for bucket in BUCKETS:
-        count = max(64, min(2 * clips_of_main, round(budget * bucket.share**0.7 * 0.5 / bucket.pixels)))
-        found.append((bucket, encode_bucket(vae, bucket, count, generator)))
-    return found

@@ -8,6 +8,7 @@ carry its time, and tokens of strength 1 get noise of 0.15 t^2.
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,13 @@ from .buckets import Bucket
 from .cache import Latents, encode_all
 from .captions import caption_pool
 from .fit_vae import load_vae
-from .loop import Losses, Slice, Stepper, Weights, load, rank, save, start
+from .loop import Losses, Slice, Stepper, Weights, load, rank, save, share, start
 from .nets import DISTILLED_SIGMAS, VOCABULARY, make_text_encoder, make_transformer
 
-TOKENS = 24_576  # of latents, in a step
+TOKENS = 12_288  # of latents, in a step of one process
 MAX_ROWS = 512
+LATENTS_SHARE = 0.1  # of the slice's time, at most, once each size has a few
+SAVE_STEPS = 3000
 CAPTIONS = 16  # wordings of each combination in a slice
 PROMPT_DROPOUT = 0.08
 STRANGE_SHARE, STRANGE_RATE = 0.4, 0.25  # of prompts, and of the places between their tokens
@@ -72,19 +75,23 @@ class Denoiser(nn.Module):
 def fit(
     path: Path, vae_path: Path, tokenizer: Tokenizer, seconds: float, *, clips: int, lr: float, lr_end: float
 ) -> None:
-    """Train for `seconds` (the latents' making not counted) from the weights at `path`, if any, and write them there."""
+    """Train for `seconds`, the latents' making included, from the weights at `path`, if any, and write them there."""
+    began_s = time.monotonic()
     device, generator = start(seed=random.randrange(2**20))
     vae = load_vae(vae_path, device)
     pool = caption_pool(tokenizer, CAPTIONS, seed=random.randrange(2**31)).to(device)
-    buckets = encode_all(vae, clips, generator)
+    buckets = encode_all(vae, clips, generator, LATENTS_SHARE * seconds)
+    left_s = torch.tensor(seconds - (time.monotonic() - began_s), device=device)
+    share(left_s)
     if rank() == 0:
         print("latents:", ", ".join(f"{b.height}x{b.width}x{b.num_frames}: {len(found.clip)}" for b, found in buckets))
+        print(f"{float(left_s):.0f} s are left for the steps", flush=True)
     model = Denoiser(make_transformer(), make_text_encoder())
     if load(path, transformer=model.transformer, text_encoder=model.text_encoder):
         print("going on from", path)
     model.to(device)
     weights = Weights(model, betas=(0.9, 0.98), weight_decay=0.01, average=0.999)
-    clock, stepper, rng = Slice(seconds, lr, lr_end), Stepper(weights, generator), random.Random(clips)
+    clock, stepper, rng = Slice(float(left_s), lr, lr_end), Stepper(weights, generator), random.Random(clips)
     shares = [bucket.share for bucket, _ in buckets]
     for rate in clock.steps():
         bucket, latents = rng.choices(buckets, shares)[0]
@@ -93,6 +100,9 @@ def fit(
         losses = stepper((bucket, extra), lambda draw=draw: step(model, draw()))  # type: ignore[misc]
         weights.update(rate)
         clock.tell(losses)
+        if (clock.step + 1) % SAVE_STEPS == 0:  # a slice that is cut off has something to show
+            with weights.averaged():
+                save(path, transformer=model.transformer, text_encoder=model.text_encoder)
     weights.use_average()
     save(path, transformer=model.transformer, text_encoder=model.text_encoder)
     if rank() == 0:

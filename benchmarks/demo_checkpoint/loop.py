@@ -11,6 +11,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,14 +19,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 Losses = Mapping[str, Tensor]
+WARMUP_STEPS = 200  # not seconds: most of the first ones go into capturing graphs
 
 
 class Slice:
     """A slice of training that ends by the clock. The learning rate rises for a moment and falls along a cosine from
     `lr` to `lr_end` over the slice."""
 
-    def __init__(self, seconds: float, lr: float, lr_end: float, warmup_s: float = 5.0) -> None:
-        self._seconds, self._lr, self._lr_end, self._warmup_s = seconds, lr, lr_end, warmup_s
+    def __init__(self, seconds: float, lr: float, lr_end: float) -> None:
+        self._seconds, self._lr, self._lr_end = seconds, lr, lr_end
         self._started_s = self._told_s = time.monotonic()
         self._agreed_s = 0.0
         self.step = 0
@@ -36,7 +38,7 @@ class Slice:
         while (elapsed_s := self._elapsed_s()) < self._seconds:
             cosine = 0.5 * (1 + math.cos(math.pi * elapsed_s / self._seconds))
             rate = self._lr_end + (self._lr - self._lr_end) * cosine
-            yield rate * min(1.0, (elapsed_s + 0.1) / self._warmup_s)
+            yield rate * min(1.0, (self.step + 1) / WARMUP_STEPS)
             self.step += 1
 
     def _elapsed_s(self) -> float:
@@ -102,6 +104,15 @@ class Weights:
     @torch.no_grad()
     def use_average(self) -> None:
         self.flat.copy_(self._average)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The average in the parameters' place, for a moment."""
+        with torch.no_grad():
+            current = self.flat.detach().clone()
+            self.flat.copy_(self._average)
+            yield
+            self.flat.copy_(current)
 
 
 class Stepper:

@@ -24,7 +24,7 @@ from .loop import Stepper
 from .tokens import load_tokenizer
 
 SECONDS = {"vae": 400.0, "transformer": 1000.0, "upsampler": 60.0}
-RATES = {"vae": (5e-4, 5e-6), "transformer": (1.5e-3, 1e-5), "upsampler": (1e-3, 1e-5)}  # 1e-3 is worse for the VAE
+RATES = {"vae": (5e-4, 5e-6), "transformer": (1e-3, 1e-5), "upsampler": (1e-3, 1e-5)}  # 1e-3 is worse for the VAE
 
 
 def main() -> None:
