@@ -56,7 +56,7 @@ class Turns:
 
     def let_others_work(self, working_bytes: int) -> None:
         """The others are on the device, with `working_bytes` to spare if the encoder's leaving can give them."""
-        if self._encoder is not None and self._encoder.device.type != "cpu":
+        if self._encoder is not None and self._encoder.device == self._device:
             room = self._room_to_render(working_bytes)
             if not room.enough:
                 self._encoder.to(_CPU)
