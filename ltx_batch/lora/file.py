@@ -6,14 +6,13 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from ltx_batch.errors import LoraError, StorageRefused
-from ltx_batch.lora.header import Header, read_header
+from ltx_batch.errors import CheckpointError, LoraError, StorageRefused
 from ltx_batch.lora.names import diffusers_name
 from ltx_batch.lora.scale import ScaleRule
-from ltx_batch.storage import open_uri, stat_uri
+from ltx_batch.storage import FileRef, exists_uri
+from ltx_batch.tensor_file import TensorFile, parse_header, read_tensor_file
 
 Shapes = Mapping[str, tuple[int, int]]  # linear layers by diffusers' names: out_features, in_features
 
@@ -89,32 +88,25 @@ class LoraFile:
 def open_lora(uri: str, options: Mapping[str, Any] | None = None) -> LoraFile:
     """Read the header of a file anywhere. Raises LoraError for one that is missing, unreadable, torn or no LoRA."""
     try:
-        size_bytes = stat_uri(uri, options).size
-        with open_uri(uri, options) as file:
-            return read_lora(file, uri, size_bytes=size_bytes)
-    except FileNotFoundError:
-        raise LoraError(f"there is no file {uri}") from None
-    except (OSError, StorageRefused) as error:
+        if not exists_uri(uri, options):
+            raise ValueError(f"there is no file {uri}")
+        return _read(read_tensor_file(uri, options))
+    except (CheckpointError, StorageRefused, ValueError) as error:
+        raise LoraError(str(error)) from None
+    except OSError as error:
         raise LoraError(f"{uri} cannot be read: {error}") from error
 
 
-def read_lora(file: BinaryIO, source: str, *, size_bytes: int = -1) -> LoraFile:
-    """Read the header; `size_bytes` is the file's size, -1 where nobody knows. Raises LoraError with every fault."""
+def parse_lora_file(data: bytes, source: str) -> LoraFile:
+    """The same of a file in memory; `source` is what messages call it."""
+    text = data[8 : 8 + int.from_bytes(data[:8], "little")]
     try:
-        header = read_header(file)
-        rule = ScaleRule.parse(header.metadata)
-    except ValueError as error:
-        raise LoraError(f"{source} {error}; {_EXPECTED}") from None
-    if 0 <= size_bytes != header.size_bytes:
-        raise LoraError(f"{source} is torn: it has {size_bytes} bytes and its header speaks of {header.size_bytes}")
-    groups, foreign = _group(header)
-    faults = _kinds(header, source) or _foreign(groups, foreign) or _faults(groups, header)
-    if faults:
-        raise LoraError(f"{source}: {'; '.join(faults)}")
-    return LoraFile(source, {name: _layer(name, parts, header, rule) for name, parts in groups.items()})
+        return _read(parse_header(text, FileRef(source, len(data), "")))
+    except (CheckpointError, ValueError) as error:
+        raise LoraError(str(error)) from None
 
 
-def shapes_in(header: Header) -> dict[str, tuple[int, int]]:
+def shapes_in(header: TensorFile) -> dict[str, tuple[int, int]]:
     """The linear layers of a transformer's weights file, diffusers' or the official single one."""
     linear = {name: entry.shape for name, entry in header.tensors.items() if _LINEAR.search(name)}
     return {
@@ -131,7 +123,17 @@ def some(names: Iterable[str], shown: int = 3) -> str:
     return ", ".join(listed[:shown]) + more
 
 
-def _group(header: Header) -> tuple[dict[str, dict[str, str]], list[str]]:
+def _read(header: TensorFile) -> LoraFile:
+    """Raises ValueError with every fault."""
+    groups, foreign = _group(header)
+    faults = _kinds(header) or _foreign(groups, foreign) or _faults(groups, header)
+    if faults:
+        raise ValueError(f"{header.source}: {'; '.join(faults)}")
+    rule = ScaleRule.parse(header.metadata, header.source)
+    return LoraFile(header.source, {name: _layer(name, parts, header, rule) for name, parts in groups.items()})
+
+
+def _group(header: TensorFile) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Tensor names by layer and role, and those without a role of their own."""
     groups: dict[str, dict[str, str]] = defaultdict(dict)
     foreign: list[str] = []
@@ -142,7 +144,7 @@ def _group(header: Header) -> tuple[dict[str, dict[str, str]], list[str]]:
     return groups, foreign
 
 
-def _kinds(header: Header, source: str) -> list[str]:
+def _kinds(header: TensorFile) -> list[str]:
     """Adapters that another part of a model, or another mechanism, would need."""
     faults = []
     texts = [name for name in header.tensors if _TEXT_ENCODER.search(name)]
@@ -152,7 +154,7 @@ def _kinds(header: Header, source: str) -> list[str]:
         if names := [name for name in header.tensors if pattern.search(name)]:
             faults.append(f"it is a {kind}, of which only plain LoRA is built: {some(names)}")
     marks = [name for name in header.metadata if name.startswith(_IC_METADATA)]
-    if marks or _IC_NAME.search(Path(source).name):
+    if marks or _IC_NAME.search(header.source.rpartition("/")[2]):
         why = f"metadata {some(marks)}" if marks else "going by its name; rename it if it is none"
         faults.append(f"it is an in-context LoRA ({why}), which needs a reference video; that is not built")
     if any(name.startswith("base_model.") for name in header.tensors):
@@ -168,7 +170,7 @@ def _foreign(groups: Mapping[str, Mapping[str, str]], foreign: list[str]) -> lis
     return [f"has tensors that belong to no pair, or to one that is there already: {some(foreign)}"] if foreign else []
 
 
-def _faults(groups: Mapping[str, Mapping[str, str]], header: Header) -> list[str]:
+def _faults(groups: Mapping[str, Mapping[str, str]], header: TensorFile) -> list[str]:
     """Layers whose tensors are not a pair of matrices of one rank."""
     halves = [name for name, parts in groups.items() if not {"down", "up"} <= parts.keys()]
     pairs = {name: parts for name, parts in groups.items() if name not in halves}
@@ -199,7 +201,7 @@ def _are_pair(down: Any, up: Any) -> bool:
     return len(down.shape) == len(up.shape) == 2 and down.shape[0] == up.shape[1] > 0
 
 
-def _layer(name: str, parts: Mapping[str, str], header: Header, rule: ScaleRule) -> LoraLayer:
+def _layer(name: str, parts: Mapping[str, str], header: TensorFile, rule: ScaleRule) -> LoraLayer:
     rank, in_features = header.tensors[parts["down"]].shape
     out_features = header.tensors[parts["up"]].shape[0]
     return LoraLayer(

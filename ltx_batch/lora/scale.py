@@ -25,7 +25,7 @@ class ScaleRule:
     use_rslora: bool = False
 
     @classmethod
-    def parse(cls, metadata: Mapping[str, str]) -> ScaleRule:
+    def parse(cls, metadata: Mapping[str, str], source: str) -> ScaleRule:
         """From a file's metadata. Raises ValueError where the entry is there and cannot be understood."""
         if KEY not in metadata:
             return cls()
@@ -38,7 +38,7 @@ class ScaleRule:
                 use_rslora=bool(data.get("use_rslora")),
             )
         except (ValueError, TypeError, AttributeError, re.error) as error:
-            raise ValueError(f"its metadata {KEY} cannot be understood: {error}") from None
+            raise ValueError(f"{source}: its metadata {KEY} cannot be understood: {error}") from None
 
     def scale(self, module: str, rank: int) -> float:
         """What B @ A of a layer is multiplied by."""

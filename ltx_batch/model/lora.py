@@ -7,7 +7,6 @@ Taking files off again gives back the very bits that were there, so the order of
 
 from __future__ import annotations
 
-import io
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from torch.nn.functional import linear
 from torch.utils.hooks import RemovableHandle
 
 from ltx_batch.errors import LoraError
-from ltx_batch.lora import LoraCache, LoraFile, LoraLayer, Shapes, read_lora, some
+from ltx_batch.lora import LoraCache, LoraFile, LoraLayer, Shapes, parse_lora_file, some
 from ltx_batch.request import LoraRef
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ class Adapter:
 def load_adapter(lora: LoraRef) -> Adapter:
     """From a reference that holds its bytes and their hash. Raises LoraError for a file that is no sound LoRA."""
     assert lora.data is not None and lora.sha256 is not None
-    file = read_lora(io.BytesIO(lora.data), str(lora.path), size_bytes=len(lora.data))
+    file = parse_lora_file(lora.data, str(lora.path))
     tensors = load(lora.data)
     wrong = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if wrong:

@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ltx_batch.errors import LoraError
-from ltx_batch.lora import LoraCache, read_header, shapes_in
+from ltx_batch.lora import LoraCache
 from ltx_batch.model.checkpoint import load_checkpoint
+from ltx_batch.model.layers import transformer_layers
 from ltx_batch.model.lora import Adapter, LoraSwitch, apply_loras, linear_shapes, load_adapter
 from ltx_batch.model.pipeline import Stopwatch, weights_bytes
 from ltx_batch.model.quantize.bnb import quantize_blocks
@@ -139,8 +140,10 @@ def test_alpha_by_metadata_and_by_tensors(tmp_path: Path, loaded: Any, kind: str
 
 
 def test_linear_layers_are_those_of_the_checkpoints_header(tiny: Path, loaded: Any) -> None:
-    with (tiny / "transformer" / "diffusion_pytorch_model.safetensors").open("rb") as file:
-        assert shapes_in(read_header(file)) == linear_shapes(loaded)
+    assert transformer_layers(str(tiny)) == linear_shapes(loaded)
+    single = tiny / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert transformer_layers(str(single)) == transformer_layers(f"file://{tiny}") == linear_shapes(loaded)
+    assert transformer_layers("someone/model") is transformer_layers(str(tiny / "gone")) is None
 
 
 # fused and applied

@@ -137,7 +137,7 @@ def test_files_of_rows_are_held_against_the_transformer(tmp_path: Path) -> None:
     rules = [issue.rule for issue in found.errors]
     assert rules[0] == f"there is no file {tmp_path}/gone.safetensors"
     assert rules[1] == rules[3] and f"{TO_Q} is 16 to 16 in the file and 8 to 8 in the model" in rules[1]
-    assert f"{tmp_path}/text.safetensors is not a safetensors file" in rules[2]
+    assert f"{tmp_path}/text.safetensors is not a .safetensors file" in rules[2]
 
 
 def test_all_faults_of_the_jobs_files_come_at_once(tmp_path: Path) -> None:
