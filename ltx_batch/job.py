@@ -40,7 +40,18 @@ class ModelSpec(_Section):
     """Which weights, and how they are held."""
 
     checkpoint: str | None = Field(
-        None, description="name (demo), folder, file, URI or hub id; None: the pipeline config's checkpoint_path"
+        None,
+        description="demo, an official name, a folder, an official file, a URI or hub id (owner/name@revision:file); "
+        "None: the pipeline config's checkpoint_path",
+    )
+    text_encoder: str | None = Field(
+        None,
+        description="folder, URI or hub id with text_encoder/ and tokenizer/; None: the checkpoint's own, else the official",
+    )
+    upsampler: str | None = Field(
+        None,
+        description="spatial upscaler of multi-scale pipelines: official name or file, folder, URI or hub id; None: the "
+        "checkpoint's own, else the pipeline config's",
     )
     pipeline_config: str | None = Field(
         None, description="path or URI of an official pipeline YAML; None: the checkpoint folder's own"

@@ -28,7 +28,13 @@ def make_recipe(job: JobSpec) -> dict[str, Any]:
     if model.renderer == "fake":
         recipe["renderer"] = "fake"
     else:
-        recipe["checkpoint"] = checkpoint_fingerprint(model.checkpoint or "", options=job.storage.options)
+        recipe["checkpoint"] = checkpoint_fingerprint(
+            model.checkpoint or "",
+            pipeline_config=model.pipeline_config,
+            text_encoder=model.text_encoder,
+            upsampler=model.upsampler,
+            options=job.storage.options,
+        )
     if model.pipeline_config is not None:
         recipe["pipeline_config"] = pipeline_config_sha256(model.pipeline_config, job.storage.options)
     if model.precision == "bnb-int8":

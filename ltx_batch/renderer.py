@@ -12,17 +12,16 @@ from ltx_batch.clip import Clip
 from ltx_batch.errors import CheckpointError, JobError
 from ltx_batch.job import ModelSpec
 from ltx_batch.lora import Shapes
-from ltx_batch.model.fetch import SCHEDULER_FILE, checkpoint_files, local_folder
 from ltx_batch.model.frames import load_media
 from ltx_batch.model.layers import transformer_layers
-from ltx_batch.model.pipeline_config import FILE_NAME, PipelineConfig, load_pipeline_config
+from ltx_batch.model.pipeline_config import PipelineConfig
 from ltx_batch.model.plan import Plan, plan_request
 from ltx_batch.model.presets import PRESETS
 from ltx_batch.model.quantize import policy
-from ltx_batch.model.sigmas import SchedulerConfig
-from ltx_batch.model.text_key import TextIdentity, encoder_fingerprint, is_text
+from ltx_batch.model.sources import Sources, find_sources
+from ltx_batch.model.text_key import TextIdentity, encoder_fingerprint
 from ltx_batch.request import RenderRequest
-from ltx_batch.storage import Storage, read_uri, sha256_uri
+from ltx_batch.storage import Storage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -172,10 +171,12 @@ def load_renderer(
     text_cache: str | Storage | None = None,
     text_fingerprint: str | None = None,
 ) -> LtxRenderer:
-    """Load a checkpoint: the name `demo`, a folder, a URI or a hub id.
+    """Load a checkpoint: the name `demo` or an official one, a folder or official single file, by path, URI or hub id.
 
     `pipeline_config` is a preset's name, or a path or URI of an official YAML file; without it the checkpoint folder's own
-    holds, else the official base defaults. `condition_preprocess` is none or official; None: what `resolve_preprocess`
+    holds, else the official base defaults. `text_encoder` and `upsampler` name what the checkpoint has not, or what takes
+    the place of its own: see `find_sources`. A text encoder that is not named and cannot be had is missed when a text is
+    first encoded, and never where embeddings are given. `condition_preprocess` is none or official; None: what `resolve_preprocess`
     says. `torch_threads` pins torch's CPU threads, on which pixels hang; `options` are fsspec options for URIs.
     `text_cache` is a folder or URI of embeddings, which are read from it and, with `text` inline, added to it; with
     `text` precomputed no text encoder is ever loaded. `text_fingerprint` spares hashing its files: see
@@ -189,17 +190,20 @@ def load_renderer(
     if torch_threads is not None:
         use_threads(torch_threads)
     place = pick_device(device)
-    folder = local_folder(resolve_checkpoint(checkpoint), options)
-    config = load_pipeline_config(pipeline_config, folder, options=options)
+    sources, config = _find(checkpoint, pipeline_config, text_encoder, upsampler, options)
     name = resolve_precision(precision, place.type, config)
     chosen = policy.precision(name, place.type, threshold=llm_int8_threshold, skip=tuple(skip_modules))
-    text_folder = local_folder(text_encoder, options) if text_encoder is not None else None
     cache = None
     if text_cache is not None:
-        fingerprint = text_fingerprint or _text_fingerprint(text_encoder or checkpoint, options)
+        fingerprint = text_fingerprint or encoder_fingerprint(sources.text_hashes(options))
         cache = open_text_cache(text_cache, TextIdentity(fingerprint, chosen.dtype), options)
     pipeline = LtxPipeline(
-        folder, chosen, place, text_encoder=text_folder, text_cache=cache, with_text=text == "inline"
+        sources.local_checkpoint(options),
+        chosen,
+        place,
+        text=_local_text(sources, text_encoder, options) if text == "inline" else None,
+        upsampler=sources.local_upsampler(options),
+        text_cache=cache,
     )
     pipeline.check(config)
     preprocess = resolve_preprocess(condition_preprocess, pipeline_config)
@@ -209,24 +213,42 @@ def load_renderer(
 def load_planner(
     checkpoint: str, *, pipeline_config: str | None = None, options: Mapping[str, Any] | None = None
 ) -> Callable[[RenderRequest], Plan]:
-    """What `LtxRenderer.plan` answers, without torch and without the weights: two small files are read.
+    """What `LtxRenderer.plan` answers, without torch and without the weights: small files and headers are read.
 
     Raises CheckpointError and JobError as `load_renderer` does.
     """
-    files = checkpoint_files(resolve_checkpoint(checkpoint), options)
-    if SCHEDULER_FILE not in files:
-        raise CheckpointError(f"{checkpoint} lacks {SCHEDULER_FILE}; it holds {', '.join(sorted(files))}")
-    scheduler = SchedulerConfig.parse(read_uri(files[SCHEDULER_FILE].uri, options), source=SCHEDULER_FILE)
-    if pipeline_config is None and FILE_NAME in files:
-        pipeline_config = files[FILE_NAME].uri
-    config = load_pipeline_config(pipeline_config, options=options)
-    return partial(plan_request, config=config, scheduler=scheduler)
+    sources, config = _find(checkpoint, pipeline_config, None, None, options)
+    return partial(plan_request, config=config, scheduler=sources.schedule(options))
+
+
+def _find(
+    checkpoint: str,
+    pipeline_config: str | None,
+    text_encoder: str | None,
+    upsampler: str | None,
+    options: Mapping[str, Any] | None,
+) -> tuple[Sources, PipelineConfig]:
+    return find_sources(
+        resolve_checkpoint(checkpoint),
+        pipeline_config=pipeline_config,
+        text_encoder=None if text_encoder is None else resolve_checkpoint(text_encoder),
+        upsampler=upsampler,
+        options=options,
+    )
+
+
+def _local_text(sources: Sources, named: str | None, options: Mapping[str, Any] | None) -> Path | CheckpointError:
+    """The text encoder's folder; where none is named and the official one cannot be had, what to say when it is missed."""
+    try:
+        return sources.local_text_encoder(options)
+    except CheckpointError as error:
+        if named is not None or sources.text_encoder is None:
+            raise
+        return error
 
 
 def resolve_checkpoint(checkpoint: str) -> str:
-    """`demo` as its packaged folder; folders, URIs and hub ids as they are. Raises CheckpointError."""
-    if not checkpoint:
-        raise CheckpointError("no checkpoint is named; set model.checkpoint to demo, a folder, a URI or a hub id")
+    """`demo` as its packaged folder; all other names as they are. Raises CheckpointError."""
     if checkpoint not in PACKAGED_NAMES:
         return checkpoint
     packaged = PACKAGED / checkpoint
@@ -235,25 +257,35 @@ def resolve_checkpoint(checkpoint: str) -> str:
     return str(packaged)
 
 
-def checkpoint_fingerprint(checkpoint: str, *, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """`{"files": {name: sha256}}` of every file that changes the picture: the checkpoint's part of the recipe.
+def checkpoint_fingerprint(
+    checkpoint: str,
+    *,
+    pipeline_config: str | None = None,
+    text_encoder: str | None = None,
+    upsampler: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """`{"files": {name: sha256}}` of every file that changes the picture, wherever it comes from: the checkpoint's part of
+    the recipe.
 
     The same weights in another place have the same fingerprint. Raises CheckpointError.
     """
-    files = checkpoint_files(resolve_checkpoint(checkpoint), options)
-    return {"files": {name: sha256_uri(ref, options) for name, ref in sorted(files.items())}}
+    sources, _ = _find(checkpoint, pipeline_config, text_encoder, upsampler, options)
+    return {"files": sources.hashes(options)}
 
 
-def _text_fingerprint(checkpoint: str, options: Mapping[str, Any] | None) -> str:
-    files = checkpoint_files(resolve_checkpoint(checkpoint), options)
-    return encoder_fingerprint({name: sha256_uri(ref, options) for name, ref in files.items() if is_text(name)})
+def local_text_encoder(model: ModelSpec, options: Mapping[str, Any] | None = None) -> Path:
+    """The folder with the job's text_encoder/ and tokenizer/, brought to this machine. Raises CheckpointError."""
+    sources, _ = _find(model.checkpoint or "", model.pipeline_config, model.text_encoder, model.upsampler, options)
+    return sources.local_text_encoder(options)
 
 
 def tokenizer_file(model: ModelSpec) -> Path | None:
-    """The checkpoint's tokenizer.json where it lies on this machine, for counting tokens without the model; else None."""
-    if not model.checkpoint or model.renderer == "fake":
+    """The model's tokenizer.json where it lies on this machine, for counting tokens without the model; else None."""
+    named = model.text_encoder or model.checkpoint
+    if not named or model.renderer == "fake":
         return None
-    found = Path(resolve_checkpoint(model.checkpoint), "tokenizer", "tokenizer.json")
+    found = Path(resolve_checkpoint(named), "tokenizer", "tokenizer.json")
     return found if found.is_file() else None
 
 

@@ -8,10 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ltx_batch.model.fetch import local_folder
 from ltx_batch.model.quantize import policy
 from ltx_batch.model.text_key import TextIdentity, encoder_fingerprint
-from ltx_batch.renderer import resolve_checkpoint
+from ltx_batch.renderer import local_text_encoder
 from ltx_batch.worker import WorkerPlan, open_text_store
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class TextWorker:
         use_threads(job.worker.torch_threads)
         self._device = pick_device(job.model.device)
         dtype = policy.precision(plan.precision, self._device.type).dtype
-        folder = local_folder(resolve_checkpoint(job.model.checkpoint or ""), job.storage.options)
+        folder = local_text_encoder(job.model, job.storage.options)
         self._parts = find_text(folder, dtype)
         store = open_text_store(job)
         assert store is not None, "a job with a text phase has a text cache"

@@ -212,6 +212,8 @@ def open_renderer(plan: WorkerPlan) -> Renderer:
         precision=plan.precision,
         device=model.device,
         pipeline_config=model.pipeline_config,
+        upsampler=model.upsampler,
+        text_encoder=model.text_encoder,
         placement=model.placement,
         condition_preprocess=plan.job.condition_preprocess,
         llm_int8_threshold=model.llm_int8_threshold,

@@ -103,9 +103,6 @@ def local_checkpoint(
     return Path(place) if is_local_uri(place) else _download(place, options, folders)
 
 
-local_folder = local_checkpoint
-
-
 def _hub_files(place: HubPlace, folders: tuple[str, ...]) -> dict[str, FileRef]:
     try:
         repo = HubRepo.look_up(place.repo, place.revision)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -80,18 +80,27 @@ class LtxPipeline:
 
     def __init__(
         self,
-        folder: Path,
+        checkpoint: Path,
         policy: Precision,
         device: torch.device,
         *,
-        text_encoder: Path | None = None,
+        text: Path | CheckpointError | None,
+        upsampler: Path | None = None,
         text_cache: TextCache | None = None,
-        with_text: bool = True,
     ) -> None:
+        """`checkpoint` and `upsampler` are folders or files. `text` is the folder with text_encoder/ and tokenizer/, or what
+        to raise when one is missed, or None where none is to be used."""
         dtype = getattr(torch, policy.dtype)
         if policy.name == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in the VAE's convolutions too
-        parts = load_checkpoint(folder, dtype, text_encoder=text_encoder, with_text=with_text)
+        parts = load_checkpoint(
+            checkpoint,
+            dtype,
+            text_encoder=text if isinstance(text, Path) else None,
+            upsampler=upsampler,
+            with_text=isinstance(text, Path),
+            device=device if policy.quantize is None else torch.device("cpu"),
+        )
         quantized: dict[str, Any] = {}
         if policy.quantize == "bnb-int8":
             quantized = quantize_blocks(parts.transformer, policy, device)
@@ -114,7 +123,8 @@ class LtxPipeline:
             others = [part for part in modules.values() if part is not None]
             load = partial(TextEncoder.load, parts.text, torch.device("cpu"))
             self.turns = Turns(device, load, parts.text.weights_bytes, others, movable=policy.quantize is None)
-        self.text = TextSource(device, encoder=None if self.turns is None else self.turns.encoder, cache=text_cache)
+        encoder = partial(_missed, text) if isinstance(text, CheckpointError) else None
+        self.text = TextSource(device, encoder=encoder if self.turns is None else self.turns.encoder, cache=text_cache)
         self.ran = {
             "precision": policy.name,
             "device": device_name(device),
@@ -235,6 +245,10 @@ class LtxPipeline:
         if self.ran["precision"] == "bnb-int8":
             return "bitsandbytes computes in fp16, which overflows at 65504: use precision bf16, or skip_modules"
         return "are the weights whole?"
+
+
+def _missed(error: CheckpointError) -> NoReturn:
+    raise error
 
 
 def weights_bytes(module: nn.Module) -> int:

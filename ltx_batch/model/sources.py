@@ -21,6 +21,7 @@ from ltx_batch.model.fetch import (
 from ltx_batch.model.pipeline_config import FILE_NAME, PipelineConfig, load_pipeline_config
 from ltx_batch.model.sigmas import SchedulerConfig
 from ltx_batch.model.single_file import read_checkpoint_file
+from ltx_batch.model.text_key import is_text
 from ltx_batch.storage import FileRef, read_uri
 from ltx_batch.tensor_file import read_tensor_file
 
@@ -41,15 +42,32 @@ class Sources:
         Nothing large is downloaded.
         """
         found = checkpoint_files(self.checkpoint, options)
-        for name, folders in ((self.text_encoder, TEXT_FOLDERS), (self.upsampler, UPSAMPLER_FOLDERS)):
-            if name is not None:
-                found = {path: ref for path, ref in found.items() if path.partition("/")[0] not in folders}
-                found |= _part_files(name, folders, options)
+        if self.text_encoder is not None:
+            found = {path: ref for path, ref in found.items() if not is_text(path)} | self.text_files(options)
+        if self.upsampler is not None:
+            found = {path: ref for path, ref in found.items() if path.partition("/")[0] not in UPSAMPLER_FOLDERS}
+            parts = checkpoint_files(self.upsampler, options, folders=UPSAMPLER_FOLDERS)
+            parts.pop(FILE_NAME, None)
+            found |= {
+                "latent_upsampler.safetensors" if path == SINGLE_FILE else path: ref for path, ref in parts.items()
+            }
         return found
+
+    def text_files(self, options: Options = None) -> dict[str, FileRef]:
+        """The files of text encoder and tokenizer. Raises CheckpointError, with what to set."""
+        try:
+            files = checkpoint_files(self.text_encoder or self.checkpoint, options, folders=TEXT_FOLDERS)
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}. {_TEXT_ADVICE}") from None
+        return {path: ref for path, ref in files.items() if is_text(path)}
 
     def hashes(self, options: Options = None) -> dict[str, str]:
         """sha256 of each of `files`; the hub's own hashes serve. Raises CheckpointError."""
-        return {name: file_hash(ref, options) for name, ref in sorted(self.files(options).items())}
+        return _hashes(self.files(options), options)
+
+    def text_hashes(self, options: Options = None) -> dict[str, str]:
+        """sha256 of each of `text_files`. Raises CheckpointError."""
+        return _hashes(self.text_files(options), options)
 
     def schedule(self, options: Options = None) -> SchedulerConfig:
         """The checkpoint's scheduler; of a single file only the header is read. Raises CheckpointError."""
@@ -121,7 +139,5 @@ def find_sources(
     return Sources(checkpoint, text_encoder, upsampler), config
 
 
-def _part_files(name: str, folders: tuple[str, ...], options: Options) -> dict[str, FileRef]:
-    found = checkpoint_files(name, options, folders=folders)
-    found.pop(FILE_NAME, None)
-    return {f"{folders[0]}.safetensors" if path == SINGLE_FILE else path: ref for path, ref in found.items()}
+def _hashes(files: Mapping[str, FileRef], options: Options) -> dict[str, str]:
+    return {name: file_hash(ref, options) for name, ref in sorted(files.items())}

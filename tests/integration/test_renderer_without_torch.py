@@ -67,7 +67,7 @@ def test_a_planner_reads_the_folders_config_and_a_named_one(tiny: Path, tmp_path
 def test_a_planner_needs_the_scheduler(tiny: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny, tmp_path / "copy")
     shutil.rmtree(copy / "scheduler")
-    with pytest.raises(CheckpointError, match=r"lacks scheduler/scheduler_config.json; it holds pipeline_config.yaml"):
+    with pytest.raises(CheckpointError, match=r"lacks scheduler/scheduler_config.json; it holds latent_upsampler"):
         load_planner(str(copy))
 
 
@@ -81,7 +81,7 @@ def test_names(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert resolve_checkpoint("./demo") == "./demo"
     assert resolve_checkpoint("s3://bucket/demo") == "s3://bucket/demo"
     with pytest.raises(CheckpointError, match="no checkpoint is named"):
-        resolve_checkpoint("")
+        load_planner("")
     assert PACKAGED.name == "checkpoints"
 
 
