@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -95,7 +96,7 @@ def check_fit(files: Sequence[LoraFile], shapes: Shapes) -> None:
 
 
 def linear_shapes(transformer: nn.Module) -> dict[str, tuple[int, int]]:
-    """out_features and in_features of every linear layer, however it is held."""
+    """out_features and in_features of every linear layer: of all modules with these attributes, however they hold it."""
     return {
         name: (layer.out_features, layer.in_features)
         for name, layer in transformer.named_modules()
@@ -140,7 +141,7 @@ class LoraHandle:
         """Put a branch (x @ down.T) @ up.T beside the layer, in `dtype`; the files lie side by side in one pair."""
         down = torch.cat([_fp32(update.down, device) for update in updates])
         up = torch.cat([_fp32(update.up, device) * update.scale for update in updates], dim=1)
-        place = next(layer.parameters()).device
+        place = next(chain(layer.parameters(), layer.buffers())).device
         layer.register_buffer(_DOWN, down.to(place, dtype), persistent=False)
         layer.register_buffer(_UP, up.to(place, dtype), persistent=False)
         hook = layer.register_forward_hook(_with_branch)

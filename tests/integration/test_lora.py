@@ -194,6 +194,31 @@ def test_quantised_layers_keep_their_bytes_and_get_a_branch(tmp_path: Path, load
     assert torch.equal(forward(quantized), plain) and weights_bytes(quantized) == bytes_before
 
 
+class Bytes(nn.Module):
+    """A layer of int8 codes that holds buffers alone and is no nn.Linear."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.register_buffer("codes", (layer.weight * 100).round().to(torch.int8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ (self.codes.float() / 100).T
+
+
+def test_any_module_with_the_sizes_of_a_linear_layer_takes_a_branch(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), Bytes(nn.Linear(6, 5)))
+    (down, up), x = random_pairs({"1": (5, 6)})["1"], torch.ones(2, 4)
+    with torch.inference_mode():
+        plain, inner = model(x), model[0](x)
+        path = write_lora(tmp_path / "a.safetensors", {"1": (down, up)}, alpha=6)
+        with apply_loras(model, [adapter(path)], CPU) as handle:
+            assert (handle.fused, handle.applied) == (0, 1)
+            added = inner @ torch.from_numpy(2 * up @ down).T
+            torch.testing.assert_close(model(x), plain + added)
+        assert torch.equal(model(x), plain)
+
+
 def test_a_branch_moves_with_its_layer_and_is_in_its_dtype(tmp_path: Path, loaded: Any) -> None:
     model = copy.deepcopy(loaded).to(torch.bfloat16)
     hold(model)
