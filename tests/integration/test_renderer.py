@@ -18,7 +18,7 @@ from PIL import Image
 
 from ltx_batch import Condition, RenderRequest, load_renderer
 from ltx_batch.clip import Clip
-from ltx_batch.errors import InvalidRow, JobError, MediaError, PrecisionError
+from ltx_batch.errors import CheckpointError, InvalidRow, JobError, MediaError, PrecisionError
 from ltx_batch.job import VideoSpec
 from ltx_batch.media import write_video
 from ltx_batch.model import pipeline
@@ -199,8 +199,8 @@ def before_rounding(
     """Latents and float video of each request, which are told apart by their seeds."""
     found: dict[float, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def spy(vae: Any, latents: torch.Tensor, plan: Plan, noise: Noise) -> np.ndarray:
-        video = decode_latents(vae, latents, plan.decode_timestep, plan.decode_noise_scale, noise)
+    def spy(vae: Any, latents: torch.Tensor, plan: Plan, noise: Noise) -> torch.Tensor:
+        video = decode_latents(vae, latents, plan, noise)
         found[noise("which", (1,)).item()] = (latents, video)
         return decode_row(vae, latents, plan, noise)
 
@@ -327,7 +327,7 @@ def test_latents_that_are_not_finite_are_an_error(tiny: Path) -> None:
         ({"precision": "half"}, PrecisionError, "unknown precision"),
         ({"placement": "offload"}, JobError, "not built yet; what works: auto, resident"),
         ({"placement": "moon"}, JobError, "unknown placement"),
-        ({"upsampler": "x"}, JobError, "multi-scale rendering, which is not built yet"),
+        ({"upsampler": "x"}, CheckpointError, "no weights at x"),
         ({"condition_preprocess": "some"}, JobError, "unknown condition_preprocess 'some'; what works: none, official"),
         ({"pipeline_config": "nowhere.yaml"}, JobError, "no pipeline config at nowhere.yaml"),
         ({"device": "tpu"}, JobError, "what works: auto, cpu, cuda"),
