@@ -10,7 +10,7 @@ from typing import Any
 from ltx_batch.errors import CheckpointError, LoraError
 from ltx_batch.job import JobSpec
 from ltx_batch.manifest import hash_loras, job_loras
-from ltx_batch.model.pipeline_config import load_pipeline_config, pipeline_config_sha256
+from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config, pipeline_config_sha256
 from ltx_batch.record import SCHEMA_VERSION
 from ltx_batch.renderer import checkpoint_fingerprint, resolve_precision, resolve_preprocess
 from ltx_batch.request import LoraRef, canonical, lora_set
@@ -22,7 +22,7 @@ def make_recipe(job: JobSpec) -> dict[str, Any]:
     recipe: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "precision": model.precision,
-        "condition_preprocess": resolve_preprocess(job.condition_preprocess, model.pipeline_config),
+        "condition_preprocess": resolve_preprocess(job.condition_preprocess, named_config(job)),
         "video": job.video.model_dump(),
     }
     if model.renderer == "fake":
@@ -46,9 +46,13 @@ def make_recipe(job: JobSpec) -> dict[str, Any]:
 
 def job_precision(job: JobSpec) -> str:
     """The job's precision by its real name, on the device of this process. Raises PrecisionError and JobError."""
+    return resolve_precision(job.model.precision, job.model.device, named_config(job))
+
+
+def named_config(job: JobSpec) -> PipelineConfig | None:
+    """The pipeline config that the job names, if it does. Raises JobError."""
     named = job.model.pipeline_config
-    config = None if named is None else load_pipeline_config(named, options=job.storage.options)
-    return resolve_precision(job.model.precision, job.model.device, config)
+    return None if named is None else load_pipeline_config(named, options=job.storage.options)
 
 
 def default_loras(job: JobSpec) -> tuple[LoraRef, ...]:

@@ -16,7 +16,6 @@ from ltx_batch.model.frames import load_media
 from ltx_batch.model.layers import transformer_layers
 from ltx_batch.model.pipeline_config import PipelineConfig
 from ltx_batch.model.plan import Plan, plan_request
-from ltx_batch.model.presets import PRESETS
 from ltx_batch.model.quantize import policy
 from ltx_batch.model.sources import Sources, find_sources
 from ltx_batch.model.text_key import TextIdentity, encoder_fingerprint
@@ -206,7 +205,7 @@ def load_renderer(
         text_cache=cache,
     )
     pipeline.check(config)
-    preprocess = resolve_preprocess(condition_preprocess, pipeline_config)
+    preprocess = resolve_preprocess(condition_preprocess, config if pipeline_config is not None else None)
     return LtxRenderer(pipeline, config, condition_preprocess=preprocess, options=options)
 
 
@@ -281,12 +280,13 @@ def local_text_encoder(model: ModelSpec, options: Mapping[str, Any] | None = Non
 
 
 def tokenizer_file(model: ModelSpec) -> Path | None:
-    """The model's tokenizer.json where it lies on this machine, for counting tokens without the model; else None."""
+    """The model's tokenizer.json, else its spiece.model, where they lie on this machine, for counting tokens without the
+    model; else None."""
     named = model.text_encoder or model.checkpoint
     if not named or model.renderer == "fake":
         return None
-    found = Path(resolve_checkpoint(named), "tokenizer", "tokenizer.json")
-    return found if found.is_file() else None
+    places = [Path(resolve_checkpoint(named), "tokenizer", name) for name in ("tokenizer.json", "spiece.model")]
+    return next((place for place in places if place.is_file()), None)
 
 
 def layers_of(model: ModelSpec, options: Mapping[str, Any] | None = None) -> Shapes | None:
@@ -307,9 +307,10 @@ def check_built(precision: str, placement: str, condition_preprocess: str | None
         raise JobError(f"unknown condition_preprocess {condition_preprocess!r}; what works: none, official")
 
 
-def resolve_preprocess(asked: str | None, pipeline_config: str | None) -> str:
-    """What is asked for; else official with a preset, which promises the official picture, and none with anything else."""
-    return asked or ("official" if pipeline_config in PRESETS else "none")
+def resolve_preprocess(asked: str | None, named: PipelineConfig | None) -> str:
+    """What is asked for; else official where an official config is named (they all have a `checkpoint_path`), whose users
+    expect the official picture, and none with anything else."""
+    return asked or ("official" if named is not None and named.checkpoint_path else "none")
 
 
 def resolve_precision(name: str, device: str, config: PipelineConfig | None = None) -> str:

@@ -33,6 +33,13 @@ STG_MODES = {
     "stg_r": "residual",
     "stg_t": "transformer_block",
 }
+SAMPLERS = {
+    "from_checkpoint": "from_checkpoint",
+    "uniform": "uniform",
+    "linear-quadratic": "linear-quadratic",
+    "linearquadratic": "linear-quadratic",
+}
+_NAMED = {"stg_mode": STG_MODES, "sampler": SAMPLERS}
 _TABLES = ("guidance_scale", "stg_scale", "rescaling_scale", "skip_block_list")
 _Entry = TypeVar("_Entry")
 
@@ -113,10 +120,12 @@ class PipelineConfig(PassConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _name_stg_mode(cls, data: Any) -> Any:
-        """The official short names of the four modes, in any case; ltx_video/inference.py, infer."""
-        mode = data.get("stg_mode") if isinstance(data, dict) else None
-        return {**data, "stg_mode": STG_MODES.get(mode.lower(), mode)} if isinstance(mode, str) else data
+    def _name_values(cls, data: Any) -> Any:
+        """Modes and samplers in any case, and by their other names; ltx_video/inference.py, infer."""
+        if not isinstance(data, dict):
+            return data
+        known = {name: value.lower() for name in _NAMED if isinstance(value := data.get(name), str)}
+        return {**data, **{name: _NAMED[name].get(value, data[name]) for name, value in known.items()}}
 
     @model_validator(mode="after")
     def _check_passes(self) -> PipelineConfig:

@@ -18,6 +18,7 @@ from ltx_batch.driver import run
 from ltx_batch.errors import InvalidRow, MediaError
 from ltx_batch.job import VideoSpec
 from ltx_batch.media import write_video
+from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config
 from ltx_batch.model.plan import Target
 from ltx_batch.model.preprocess import prepare_input_media, prepare_media
 from ltx_batch.recipe import make_recipe
@@ -91,15 +92,11 @@ def test_rows_with_media_of_different_sizes_share_a_batch(official: LtxRenderer)
         assert np.abs(clip.frames.astype(int) - alone.frames).max() <= 1
 
 
-def test_a_preset_asks_for_official_and_a_job_may_say_otherwise() -> None:
-    preset = "ltxv-13b-0.9.8-distilled"
-    found = {
-        (asked, named): resolve_preprocess(asked, named)
-        for asked in (None, "none", "official")
-        for named in (None, preset)
-    }
-    assert found[None, None] == "none" and found[None, preset] == "official"
-    assert all(value == asked for (asked, _), value in found.items() if asked)
+def test_an_official_config_asks_for_official_and_a_job_may_say_otherwise() -> None:
+    official, own = load_pipeline_config("ltxv-13b-0.9.8-distilled"), PipelineConfig(timesteps=(1.0, 0.5))
+    assert [resolve_preprocess(None, named) for named in (None, own, official)] == ["none", "none", "official"]
+    for asked in ("none", "official"):
+        assert {resolve_preprocess(asked, named) for named in (None, own, official)} == {asked}
 
 
 def test_it_is_part_of_the_recipe_by_the_name_that_holds(tiny: Path, tmp_path: Path) -> None:

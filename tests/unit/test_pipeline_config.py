@@ -125,6 +125,11 @@ def test_short_names_of_the_modes_are_known(short: str) -> None:
     assert parse_pipeline_config({"stg_mode": short}, source="x.yaml").stg_mode == "attention_values"
 
 
+@pytest.mark.parametrize("name", ["LinearQuadratic", "linear-quadratic"])
+def test_samplers_are_known_as_the_official_code_spells_them(name: str) -> None:
+    assert parse_pipeline_config({"sampler": name}, source="x.yaml").sampler == "linear-quadratic"
+
+
 def test_tables_are_looked_up_in_float32_as_the_official_code_does() -> None:
     one = parse_pipeline_config(
         {"guidance_scale": [1, 2, 3], "guidance_timesteps": [1.0, 0.985, 0.5]}, source="x.yaml"
