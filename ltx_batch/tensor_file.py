@@ -66,19 +66,19 @@ def read_tensor_file(place: str | Path, options: Mapping[str, Any] | None = None
     try:
         ref = stat_uri(place, options)
         with open_uri(place, options) as file:
-            start = file.read(8)
-            header_bytes = int.from_bytes(start, "little")
-            if len(start) < 8 or not 2 <= header_bytes <= _LARGEST_HEADER_BYTES:
-                raise CheckpointError(_not_tensors(ref, start + file.read(504)))
-            text = file.read(header_bytes)
+            start = file.read(9)
+            header_bytes = int.from_bytes(start[:8], "little")
+            if start[8:] != b"{" or not 2 <= header_bytes <= _LARGEST_HEADER_BYTES:
+                raise CheckpointError(_not_tensors(ref, start + file.read(503)))
+            text = start[8:] + file.read(header_bytes - 1)
     except (FileNotFoundError, IsADirectoryError):
         raise CheckpointError(f"{place}: there is no such file") from None
     if len(text) < header_bytes:
         raise CheckpointError(_torn(ref, 8 + header_bytes))
-    return parse_header(text, ref)
+    return _parse(text, ref)
 
 
-def parse_header(text: bytes, ref: FileRef) -> TensorFile:
+def _parse(text: bytes, ref: FileRef) -> TensorFile:
     """The header `text` of the file `ref`. Raises CheckpointError where it is none, or the file has another size."""
     try:
         entries = json.loads(text)

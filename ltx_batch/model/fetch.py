@@ -53,7 +53,7 @@ def locate(name: str) -> str | HubPlace:
     if hub is None or (hub["file"] is None and name.endswith(".safetensors")):
         close = difflib.get_close_matches(name.removesuffix(".safetensors"), OFFICIAL, n=1)
         raise CheckpointError(
-            f"no checkpoint at {name}; give demo, a folder, a .safetensors file, a URI, a hub id such as owner/name@revision "
+            f"no weights at {name}; give demo, a folder, a .safetensors file, a URI, a hub id such as owner/name@revision "
             f"or owner/name:file.safetensors, or a name of `ltx-batch fetch`"
             + (f" such as {close[0]}" if close else "")
         )
@@ -74,7 +74,7 @@ def checkpoint_files(
         try:
             return {SINGLE_FILE: stat_uri(place, options)}
         except FileNotFoundError:
-            raise CheckpointError(f"no checkpoint at {checkpoint}") from None
+            raise CheckpointError(f"no weights at {checkpoint}") from None
     found: dict[str, FileRef] = {}
     for part in (*folders, FILE_NAME):
         try:
@@ -83,7 +83,7 @@ def checkpoint_files(
             continue
         found |= {part if part == FILE_NAME else f"{part}/{ref.uri.rpartition('/')[2]}": ref for ref in refs}
     if not found:
-        raise CheckpointError(f"no checkpoint at {checkpoint}: none of {'/, '.join(folders)}/ is there")
+        raise CheckpointError(f"no weights at {checkpoint}: none of {'/, '.join(folders)}/ is there")
     return found
 
 

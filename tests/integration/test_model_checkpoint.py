@@ -179,12 +179,12 @@ def test_a_hub_id_is_taken_from_the_hubs_cache(whole: Path, tmp_path: Path, monk
             "ltxv-2b-0.9.8-distilled.safetensors",
             "no Lightricks/LTX-Video:ltxv-2b-0.9.8-distilled.safetensors here, and",
         ),
-        ("ltxv-13b-0.9.8-distiled", "no checkpoint at ltxv-13b.*such as ltxv-13b-0.9.8-distilled$"),
-        ("nowhere.safetensors", "no checkpoint at nowhere.safetensors; give demo, a folder, a .safetensors file"),
-        ("memory://nowhere.safetensors", "no checkpoint at memory://nowhere.safetensors"),
-        ("nowhere", "no checkpoint at nowhere; give demo, a folder, a .safetensors file, a URI, a hub id"),
-        ("/nowhere/at/all", "no checkpoint at /nowhere/at/all"),
-        ("memory://nowhere/at/all", "no checkpoint at memory://nowhere/at/all: none of transformer/"),
+        ("ltxv-13b-0.9.8-distiled", "no weights at ltxv-13b.*such as ltxv-13b-0.9.8-distilled$"),
+        ("nowhere.safetensors", "no weights at nowhere.safetensors; give demo, a folder, a .safetensors file"),
+        ("memory://nowhere.safetensors", "no weights at memory://nowhere.safetensors"),
+        ("nowhere", "no weights at nowhere; give demo, a folder, a .safetensors file, a URI, a hub id"),
+        ("/nowhere/at/all", "no weights at /nowhere/at/all"),
+        ("memory://nowhere/at/all", "no weights at memory://nowhere/at/all: none of transformer/"),
     ],
 )
 def test_a_checkpoint_that_is_nowhere_is_told(checkpoint: str, message: str) -> None:
