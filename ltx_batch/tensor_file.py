@@ -75,10 +75,10 @@ def read_tensor_file(place: str | Path, options: Mapping[str, Any] | None = None
         raise CheckpointError(f"{place}: there is no such file") from None
     if len(text) < header_bytes:
         raise CheckpointError(_torn(ref, 8 + header_bytes))
-    return _parse(text, ref)
+    return parse_header(text, ref)
 
 
-def _parse(text: bytes, ref: FileRef) -> TensorFile:
+def parse_header(text: bytes, ref: FileRef) -> TensorFile:
     """The header `text` of the file `ref`. Raises CheckpointError where it is none, or the file has another size."""
     try:
         entries = json.loads(text)
