@@ -10,18 +10,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from ltx_batch.errors import CheckpointError, ManifestError, RowIssue
+from ltx_batch.errors import ManifestError, RowIssue
 from ltx_batch.job import JobSpec
 from ltx_batch.lora import Shapes
-from ltx_batch.manifest.cells import Cells, Fault
-from ltx_batch.manifest.columns import COLUMNS, MAX_TOKENS, near_misses
+from ltx_batch.manifest.cells import Cells
+from ltx_batch.manifest.columns import COLUMNS, near_misses
 from ltx_batch.manifest.loras import LoraLookup, check_files, job_loras
 from ltx_batch.manifest.media import MediaLookup
 from ltx_batch.manifest.read import Manifest, Shard
 from ltx_batch.manifest.rows import folder_of, issues_of
 from ltx_batch.manifest.rules import check, check_defaults, in_order
+from ltx_batch.manifest.tokens import TokenCounter
 
 MAX_ISSUES = 100_000  # kept in full; further ones are counted
 MAX_REPEATS = 1_000_000
@@ -69,10 +69,10 @@ def validate(
 ) -> Validation:
     """Check every row, and what only the whole manifest shows: repeated row_ids and missing media.
 
-    `tokenizer` is a tokenizer.json; None leaves the length of prompts unchecked. `layers` gives the
-    transformer's linear layers, and is asked where there are LoRA files; None leaves unchecked whether they fit. Raises
-    JobError where the job's own defaults break a rule, CheckpointError for a tokenizer or a LoRA file of the job that
-    cannot be used.
+    `tokenizer` is a tokenizer.json or a spiece.model; None leaves unchecked whether prompts can be read whole. `layers`
+    gives the transformer's linear layers, and is asked where there are LoRA files; None leaves unchecked whether they fit.
+    Raises JobError where the job's own defaults break a rule, CheckpointError for a tokenizer or a LoRA file of the job
+    that cannot be used.
     """
     check_defaults(job.defaults)
     loras = LoraLookup(job.storage.options, layers)
@@ -87,7 +87,7 @@ def validate(
         missing = media.missing(cells, folder) + loras.faults(cells, folder)
         faults = in_order(broken + missing + media.stills(cells, folder, job.defaults.num_frames))
         found.add_errors(issues_of(table, cells, faults, file=file, offset=shard.offset), len(faults))
-        doubts = tokens.too_long(cells)
+        doubts = tokens.doubts(cells)
         found.add_warnings(issues_of(table, cells, doubts, file=file, offset=shard.offset), len(doubts))
         unseeded += int(np.count_nonzero(cells.present("prompt") & ~cells.present("seed") & ~cells.present("row_id")))
         ids.add(cells)
@@ -95,40 +95,10 @@ def validate(
     found.errors += repeated
     found.error_count += len(repeated)
     about_all = _look_alikes(manifest) + _unseeded(manifest, unseeded, job.defaults.seed)
+    if tokens.note is not None:
+        about_all.append(RowIssue(manifest.uri, None, None, "prompt", None, tokens.note))
     found.add_warnings(about_all, len(about_all))
     return found
-
-
-class TokenCounter:
-    """Counts tokens as the text encoder's tokenizer does."""
-
-    def __init__(self, tokenizer: Path | None) -> None:
-        self._tokenizer: Any = None
-        if tokenizer is not None:
-            from tokenizers import Tokenizer
-
-            try:
-                self._tokenizer = Tokenizer.from_file(str(tokenizer))
-            except Exception as error:  # tokenizers raises bare Exception
-                raise CheckpointError(f"{tokenizer} is not a tokenizer.json: {error}") from error
-            self._tokenizer.no_truncation()
-            self._tokenizer.no_padding()
-
-    def too_long(self, cells: Cells) -> list[Fault]:
-        """A fault for every prompt and negative prompt of which the text encoder would not see the end."""
-        if self._tokenizer is None:
-            return []
-        names = ("prompt", "negative_prompt")
-        return in_order([fault for name in names if name in cells for fault in self._too_long(name, cells.array(name))])
-
-    def _too_long(self, name: str, texts: pa.Array) -> list[Fault]:
-        # No token is shorter than a byte, and an opening space and the end mark come on top: short ASCII needs no count.
-        # Other letters may be unfolded into several before they are cut into tokens.
-        doubtful = pc.or_(pc.greater(pc.binary_length(texts), MAX_TOKENS - 2), pc.invert(pc.string_is_ascii(texts)))
-        rows = np.flatnonzero(pc.fill_null(doubtful, False).to_numpy(zero_copy_only=False))
-        counts = [len(encoded) for encoded in self._tokenizer.encode_batch_fast(texts.take(pa.array(rows)).to_pylist())]
-        rule = f"has {{}} tokens; the text encoder sees the first {MAX_TOKENS}"
-        return [Fault(int(r), name, rule.format(n)) for r, n in zip(rows, counts, strict=True) if n > MAX_TOKENS]
 
 
 class RowIds:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def errors(found: Validation) -> list[tuple[str, int | None, str | None, str]]:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One token a word."""
-    words = Tokenizer(WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    words = Tokenizer(WordLevel({"<unk>": 0, "a": 1, "é": 2}, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
     words.enable_truncation(100)  # as some checkpoints come; it must not hide what is cut
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
@@ -146,7 +147,8 @@ def test_prompts_over_256_tokens_are_a_warning(tmp_path: Path, tokenizer: Path) 
 
 def test_tokens_are_counted_where_letters_may_be_many(tmp_path: Path) -> None:
     """A tokenizer as fine as can be: each byte a token and an end mark; one Arabic ligature is unfolded into 18 letters."""
-    letters = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1}, unk_token="<unk>"))
+    known = {letter: 2 + n for n, letter in enumerate(sorted(set(unicodedata.normalize("NFKC", "ab\ufdfa\ufdfb"))))}
+    letters = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1, **known}, unk_token="<unk>"))
     letters.normalizer = NFKC()
     letters.pre_tokenizer = Split(Regex("."), "isolated")
     letters.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
