@@ -4,7 +4,8 @@
 
 Clips of attribute combinations that training never drew, and three phrasings that it never wrote, are rendered through
 `load_renderer` and read by `reader`. Beside them stand the reader's own score on drawn clips and on the autoencoder's
-reconstructions, the autoencoder's PSNR with the background alone for comparison, and how well a first frame comes back.
+reconstructions, the autoencoder's PSNR by size with that of the background alone, and how well a first frame comes back:
+against the picture, and against what the autoencoder was given of it once it had been pre-processed.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import json
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +27,14 @@ from numpy.typing import NDArray
 
 from ltx_batch import Condition, RenderRequest, load_renderer
 from ltx_batch.renderer import LtxRenderer, resolve_checkpoint
+from ltx_batch.request import Prepared
 
 from . import captions, draw, world
 from .reader import Reading, read
 
-HEIGHT, WIDTH, NUM_FRAMES = 128, 128, 17
+NUM_FRAMES = 17
+MAIN = (128, 128)
+SIZES = (MAIN, (64, 64), (160, 160), (160, 96), (96, 160), (160, 256), (256, 160), (256, 256), (192, 320), (320, 320))
 ATTRIBUTES = ("colour", "background", "direction", "shape")
 BATCH = 16
 # Nobody trained these: other sentence shapes, words that the captions have but never in this order.
@@ -38,6 +44,9 @@ PHRASINGS = (
     "I would like to see how one {colour} {shape} on {background} makes its way {way}, please",
 )
 _SIMPLE_WAY = {name: name.replace("-", " and ") for name in world.DIRECTIONS}
+
+
+Size = tuple[int, int]  # height, width
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ def held_out_cases(count: int, seed: int = 0) -> list[Case]:
     """Captions as in training, of combinations that training held out; background always said."""
     rng = random.Random(seed)
     numbers = [number for number in range(_total()) if world.is_held_out(number)]
-    cases = []
+    cases: list[Case] = []
     while len(cases) < count:
         names = world.combination_names(rng.choice(numbers))
         prompt = captions.caption(names, rng)
@@ -76,7 +85,7 @@ def unseen_phrasing_cases(count: int, seed: int = 1) -> list[Case]:
 
 
 def score(readings: Iterable[Reading], expected: Iterable[dict[str, str]]) -> dict[str, float]:
-    """Share of clips that show the right value, by attribute."""
+    """Share of the clips that show the right value, by attribute."""
     hits = [
         [getattr(reading, name) == truth[name] for name in ATTRIBUTES]
         for reading, truth in zip(readings, expected, strict=True)
@@ -84,38 +93,33 @@ def score(readings: Iterable[Reading], expected: Iterable[dict[str, str]]) -> di
     return dict(zip(ATTRIBUTES, np.mean(hits, axis=0).round(4).tolist(), strict=True))
 
 
-def render_cases(renderer: LtxRenderer, cases: Sequence[Case]) -> Iterator[NDArray[np.uint8]]:
+def render_cases(renderer: LtxRenderer, cases: Sequence[Case], size: Size = MAIN) -> Iterator[NDArray[np.uint8]]:
     """Frames of each case, in order."""
     rng = random.Random(2)
     for start in range(0, len(cases), BATCH):
         frame_rate = round(rng.uniform(*world.FRAME_RATES_HZ), 2)
         requests = [
-            RenderRequest(
-                prompt=case.prompt,
-                height=HEIGHT,
-                width=WIDTH,
-                num_frames=NUM_FRAMES,
-                frame_rate=frame_rate,
-                seed=case.seed,
-            )
-            for case in cases[start : start + BATCH]
+            _request(case.prompt, size, frame_rate=frame_rate, seed=case.seed) for case in cases[start : start + BATCH]
         ]
         yield from (clip.frames for clip in renderer.render(requests))
 
 
-def judge_prompts(renderer: LtxRenderer, cases: Sequence[Case], sheet: Path | None = None) -> dict[str, float]:
-    frames = list(render_cases(renderer, cases))
+def judge_prompts(
+    renderer: LtxRenderer, cases: Sequence[Case], size: Size = MAIN, sheet: Path | None = None
+) -> dict[str, float]:
+    """Share of clips that show what their prompt says, by attribute."""
+    frames = list(render_cases(renderer, cases, size))
     if sheet is not None:
         draw.contact_sheet(frames[:16], sheet)
-    return score(map(read, frames), (case.expected for case in cases))
+    return {"clips": len(cases)} | score(map(read, frames), (case.expected for case in cases))
 
 
-def judge_autoencoder(checkpoint: str, count: int) -> dict[str, dict[str, float]]:
+def judge_autoencoder(checkpoint: str, count: int, size: Size = MAIN) -> dict[str, Any]:
     """The reader on drawn clips and on reconstructions, and PSNR in dB of reconstructions and of the background alone."""
     drawn, rebuilt, plain, expected = [], [], [], []
     folder = Path(resolve_checkpoint(checkpoint))
     vae = AutoencoderKLLTXVideo.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32).eval()
-    for clips, scenes in _drawn_clips(count):
+    for clips, scenes in _drawn_clips(count, size):
         with torch.inference_mode():
             latents = vae.encode(clips).latent_dist.mean
             timestep = torch.full((len(clips),), 0.05)
@@ -126,37 +130,39 @@ def judge_autoencoder(checkpoint: str, count: int) -> dict[str, dict[str, float]
         expected += [_expected(world.combination_names(number)) for number in scenes.combination.tolist()]
     fidelity = [psnr_db(_pixels(a), _pixels(b)) for a, b in zip(rebuilt, drawn, strict=True)]
     return {
+        "clips": count,
         "reader_on_drawn": score(map(read, drawn), expected),
         "reader_on_reconstructions": score(map(read, rebuilt), expected),
-        "psnr_db": {
-            "reconstruction": round(float(np.mean(fidelity)), 2),
-            "least": round(float(np.min(fidelity)), 2),
-            "background_only": round(float(np.mean(plain)), 2),
-        },
+        "psnr_db": _summary(fidelity),
+        "background_only_psnr_db": _summary(plain),
     }
 
 
-def judge_first_frame(renderer: LtxRenderer, count: int) -> dict[str, float]:
-    """PSNR in dB of the rendered first frame against the drawn one that it was given."""
-    found = []
+def judge_first_frame(renderer: LtxRenderer, count: int) -> dict[str, Any]:
+    """PSNR in dB of the rendered first frame against the picture, and against what the autoencoder was given of it."""
+    to_picture, to_given = [], []
+    rng = random.Random(3)
     for clips, scenes in _drawn_clips(count):
         stills = draw.to_uint8(clips[:, :, :1]).numpy()
-        rng = random.Random(3)
+        texts = [captions.caption(world.combination_names(number), rng) for number in scenes.combination.tolist()]
         requests = [
-            RenderRequest(
-                prompt=captions.caption(world.combination_names(number), rng),
-                height=HEIGHT,
-                width=WIDTH,
-                num_frames=NUM_FRAMES,
-                frame_rate=16.0,
-                seed=index,
-                conditions=(Condition(still),),
-            )
-            for index, (number, still) in enumerate(zip(scenes.combination.tolist(), stills, strict=True))
+            renderer.prepare(_request(text, MAIN, frame_rate=16.0, seed=index, conditions=(Condition(still),)))
+            for index, (text, still) in enumerate(zip(texts, stills, strict=True))
         ]
-        frames = (clip.frames[0] for clip in renderer.render(requests))
-        found += [psnr_db(_pixels(a), _pixels(b[0])) for a, b in zip(frames, stills, strict=True)]
-    return {"mean": round(float(np.mean(found)), 2), "least": round(float(np.min(found)), 2)}
+        for clip, request, still in zip(renderer.render(requests), requests, stills, strict=True):
+            first, given = _pixels(clip.frames[0]), request.conditions[0].media
+            assert isinstance(given, Prepared)  # of the clip's own size: nothing but a scaling to -1..1 follows
+            to_picture.append(psnr_db(first, _pixels(still[0])))
+            to_given.append(psnr_db(first, _pixels(given.frames[0])))
+    return {"clips": count, "to_picture": _summary(to_picture), "to_tensor_given_to_vae": _summary(to_given)}
+
+
+def _request(prompt: str, size: Size, **values: Any) -> RenderRequest:
+    return RenderRequest(prompt=prompt, height=size[0], width=size[1], num_frames=NUM_FRAMES, **values)
+
+
+def _summary(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": round(float(np.mean(values)), 2), "least": round(float(np.min(values)), 2)}
 
 
 def psnr_db(first: torch.Tensor, second: torch.Tensor) -> float:
@@ -168,11 +174,11 @@ def _pixels(frames: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(frames).float() / 127.5 - 1
 
 
-def _drawn_clips(count: int) -> Iterator[tuple[torch.Tensor, world.Scenes]]:
+def _drawn_clips(count: int, size: Size = MAIN) -> Iterator[tuple[torch.Tensor, world.Scenes]]:
     generator = torch.Generator().manual_seed(7)
     for start in range(0, count, BATCH):
-        size = min(BATCH, count - start)
-        scenes = world.sample_scenes(size, HEIGHT, WIDTH, NUM_FRAMES, held_out=True, generator=generator)
+        rows = min(BATCH, count - start)
+        scenes = world.sample_scenes(rows, *size, NUM_FRAMES, held_out=True, generator=generator)
         yield draw.draw(scenes)[0], scenes
 
 
@@ -191,30 +197,53 @@ def _total() -> int:
     return int(np.prod(world.COUNTS))
 
 
+def table(
+    renderer: LtxRenderer, official: LtxRenderer, checkpoint: str, count: int, sheet: Path | None
+) -> dict[str, Any]:
+    """All figures; `count` clips of held-out combinations, and of the rest what makes their order clear.
+
+    `official` is the same checkpoint with the official pre-processing of pictures.
+    """
+    few = max(1, count // 16)
+    return {
+        "held_out_combinations": judge_prompts(renderer, held_out_cases(count), sheet=sheet),
+        "unseen_phrasings": judge_prompts(renderer, unseen_phrasing_cases(count // 2)),
+        "held_out_combinations_by_size": {
+            _name(size): judge_prompts(renderer, held_out_cases(few, seed=index), size)
+            for index, size in enumerate(SIZES[1:], 2)
+        },
+        "autoencoder": judge_autoencoder(checkpoint, count // 4),
+        "autoencoder_by_size": {_name(size): judge_autoencoder(checkpoint, few, size) for size in SIZES[1:]},
+        "first_frame_psnr_db": judge_first_frame(renderer, count // 4),
+        "first_frame_psnr_db_official_preprocess": judge_first_frame(official, count // 8),
+    }
+
+
+def _name(size: Size) -> str:
+    return f"{size[0]}x{size[1]}x{NUM_FRAMES}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="demo")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--clips", type=int, default=512, help="held-out clips; the phrasings get 192, the rest 96")
+    parser.add_argument("--clips", type=int, default=512, help="held-out clips; the other figures get a part of it")
     parser.add_argument("--json", type=Path, help="write the table here, e.g. benchmarks/results/demo-checkpoint.json")
     parser.add_argument("--sheet", type=Path, help="write a contact sheet of the first clips here")
     options = parser.parse_args()
-    renderer = load_renderer(options.checkpoint, precision=options.precision, device=options.device)
-    table = {
+    load = partial(load_renderer, options.checkpoint, precision=options.precision, device=options.device)
+    renderer, official = load(), load(condition_preprocess="official")
+    found = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": f"python -m benchmarks.demo_checkpoint.evaluate --checkpoint {options.checkpoint} "
         f"--precision {options.precision} --clips {options.clips}",
         "device": renderer.device,
         "precision": renderer.precision,
-        "size": [HEIGHT, WIDTH, NUM_FRAMES],
-        "held_out_combinations": {"clips": options.clips}
-        | judge_prompts(renderer, held_out_cases(options.clips), options.sheet),
-        "unseen_phrasings": {"clips": 192} | judge_prompts(renderer, unseen_phrasing_cases(192)),
-        **judge_autoencoder(options.checkpoint, 96),
-        "first_frame_psnr_db": judge_first_frame(renderer, 96),
+        "size": _name(MAIN),
+        **table(renderer, official, options.checkpoint, options.clips, options.sheet),
     }
-    text = json.dumps(table, indent=1)
+    text = json.dumps(found, indent=1)
     print(text)
     if options.json is not None:
         options.json.write_text(text + "\n")
