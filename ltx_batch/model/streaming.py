@@ -17,7 +17,7 @@ from torch import nn
 from ltx_batch.errors import CheckpointError
 from ltx_batch.tensor_file import ITEM_BYTES, StoredTensor
 
-_PIECE_BYTES = 16 * 2**20
+_PIECE_BYTES = 2**20
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
