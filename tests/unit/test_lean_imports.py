@@ -63,7 +63,9 @@ def test_help_loads_little() -> None:
         assert verb in printed
 
 
-@pytest.mark.parametrize("verb", ["render", "run", "validate", "plan", "status", "retry", "report", "encode", "enhance"])
+@pytest.mark.parametrize(
+    "verb", ["render", "run", "validate", "plan", "status", "retry", "report", "encode", "enhance"]
+)
 def test_help_of_every_verb_loads_little(verb: str) -> None:
     loaded, printed = heavy_after(verb, "--help", watched=(*HEAVY, "pyarrow", "tokenizers"))
     assert loaded == []
