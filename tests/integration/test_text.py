@@ -23,8 +23,7 @@ from ltx_batch.errors import CheckpointError, EmbeddingMissing, JobError
 from ltx_batch.job import JobSpec
 from ltx_batch.model import turns
 from ltx_batch.model.noise import row_noise
-from ltx_batch.model.pipeline import LtxPipeline, Row, Stopwatch
-from ltx_batch.model.quantize.policy import precision
+from ltx_batch.model.pipeline import Row, Stopwatch
 from ltx_batch.model.text import Text, TextEncoder, find_text
 from ltx_batch.model.text_cache import TextCache
 from ltx_batch.model.text_key import TextIdentity
@@ -61,9 +60,8 @@ def one(renderer: LtxRenderer, **changes: Any) -> Clip:
 @pytest.mark.parametrize("name", ["fp32", "bf16"])
 def test_what_t5_says_of_padding_changes_no_bit(tiny: Path, name: str) -> None:
     """So it need not be stored. The mask takes it out: a weight of exp(-10000) is zero in every precision."""
-    pipeline = LtxPipeline(tiny, precision(name, "cpu"), CPU)
-    renderer = LtxRenderer(pipeline, load_renderer(str(tiny), device="cpu")._config)
-    plan = renderer.plan(REQUEST)
+    renderer = load_renderer(str(tiny), device="cpu", precision=name)
+    pipeline, plan = renderer._pipeline, renderer.plan(REQUEST)
     assert pipeline.turns is not None
     raw = [_with_padding(pipeline.turns.encoder(), text) for text in ("a red circle", "worst quality")]
     plain = [pipeline.encode(text) for text in ("a red circle", "worst quality")]
