@@ -121,7 +121,7 @@ class LtxPipeline:
         if parts.text is not None:
             self.weights_bytes |= {"text_encoder": parts.text.weights_bytes}
             others = [part for part in modules.values() if part is not None]
-            load = partial(TextEncoder.load, parts.text, torch.device("cpu"))
+            load = partial(TextEncoder.load, parts.text)
             self.turns = Turns(device, load, parts.text.weights_bytes, others, movable=policy.quantize is None)
         encoder = partial(_missed, text) if isinstance(text, CheckpointError) else None
         self.text = TextSource(device, encoder=encoder if self.turns is None else self.turns.encoder, cache=text_cache)

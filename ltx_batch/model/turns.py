@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Turns:
-    """Who is on the device. The encoder is made by `load`, on the CPU, when it is first asked for.
+    """Who is on the device. `load` makes the encoder, where it will work, when it is first asked for.
 
     `others` lie on the device and give way to an encoder that does not fit beside them, unless they cannot be moved:
     then the encoder works on the CPU. `told` says where the encoder is, and why.
@@ -25,7 +25,7 @@ class Turns:
     def __init__(
         self,
         device: torch.device,
-        load: Callable[[], TextEncoder],
+        load: Callable[[torch.device], TextEncoder],
         encoder_bytes: int,
         others: Sequence[nn.Module],
         *,
@@ -39,20 +39,17 @@ class Turns:
 
     def encoder(self) -> TextEncoder:
         """The text encoder, where it can work. The others may have left the device for it."""
-        if self._encoder is None:
-            self._encoder = self._load()
-        elif self._encoder.device == self._device:
+        if self._encoder is not None and self._encoder.device == self._device:
             return self._encoder
         room = room_to_encode(free_bytes(self._device), self._encoder_bytes)
         if not room.enough and not self._movable:
             self._tell(f"on the CPU: {room.reason}, and quantised parts stay where they are")
-            return self._encoder
+            return self._bring(_CPU)
         if not room.enough:
             self._away = True
             self._move_others(_CPU)
-        self._encoder.to(self._device)
         self._tell(f"on the device{'' if room.enough else ', by turns'}: {room.reason}")
-        return self._encoder
+        return self._bring(self._device)
 
     def let_others_work(self, working_bytes: int) -> None:
         """The others are on the device, with `working_bytes` to spare if the encoder's leaving can give them."""
@@ -68,6 +65,13 @@ class Turns:
 
     def close(self) -> None:
         self._encoder, self._others = None, ()
+
+    def _bring(self, to: torch.device) -> TextEncoder:
+        if self._encoder is None:
+            self._encoder = self._load(to)
+        else:
+            self._encoder.to(to)
+        return self._encoder
 
     def _room_to_render(self, working_bytes: int) -> Room:
         away = sum(held_bytes(module) for module in self._others) if self._away else 0

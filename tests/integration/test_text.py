@@ -198,8 +198,12 @@ def part() -> Part:
 def make_turns(encoder: TextEncoder, part: Part, free: list[int], patch: pytest.MonkeyPatch, **more: Any) -> Turns:
     """A device of which `free` tells what is left, asked in this order."""
     patch.setattr(turns, "free_bytes", lambda device: free.pop(0))
-    encoder.to(CPU)
-    return Turns(DEVICE, lambda: encoder, 2**30, [part], **more)
+
+    def load(device: torch.device) -> TextEncoder:
+        encoder.to(device)
+        return encoder
+
+    return Turns(DEVICE, load, 2**30, [part], **more)
 
 
 def test_an_encoder_that_fits_stays_beside_the_others(

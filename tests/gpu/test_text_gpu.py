@@ -1,0 +1,71 @@
+"""The text encoder on a CUDA device: there, away, and by turns with the transformer; the frames are the same bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from ltx_batch import RenderRequest, load_renderer
+from ltx_batch.model import turns
+from ltx_batch.renderer import LtxRenderer
+from tests.tiny_checkpoint import write_tiny_checkpoint
+
+pytestmark = pytest.mark.gpu
+
+REQUEST = RenderRequest(prompt="a red circle", height=64, width=96, num_frames=17, guidance_scale=3.0, seed=7)
+PLENTY = 2**40
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def devices(renderer: LtxRenderer) -> tuple[str, str]:
+    """Where the text encoder and the transformer are."""
+    pipeline = renderer._pipeline
+    assert pipeline.turns is not None and pipeline.turns._encoder is not None
+    return pipeline.turns._encoder.model.device.type, pipeline.transformer.device.type
+
+
+@pytest.mark.parametrize(
+    ("free", "encoder", "told"),
+    [
+        ([PLENTY, PLENTY], "cuda", "on the device: "),
+        ([PLENTY, 0], "cpu", "left the device: "),
+        ([0, 0], "cpu", "left the device: "),
+        ([0, PLENTY], "cuda", "on the device, by turns: "),
+    ],
+)
+def test_where_the_encoder_is_changes_no_bit(
+    tiny: Path, free: list[int], encoder: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = load_renderer(str(tiny), device="cuda").render([REQUEST])[0]
+    monkeypatch.setattr(turns, "free_bytes", lambda device: free.pop(0))
+    renderer = load_renderer(str(tiny), device="cuda")
+    clip = renderer.render([REQUEST])[0]
+    assert clip.frames_sha256() == plain.frames_sha256()
+    assert clip.ran["text"]["encoder"] == 2 and free == []
+    assert renderer._pipeline.text_told()["place"].startswith(told)
+    assert devices(renderer) == (encoder, "cuda")
+
+
+def test_free_memory_counts_what_torch_keeps(tiny: Path) -> None:
+    device = torch.device("cuda")
+    torch.cuda.empty_cache()
+    free = turns.free_bytes(device)
+    block = torch.empty(2**28, dtype=torch.uint8, device=device)
+    held = turns.free_bytes(device)
+    del block
+    assert free is not None and held is not None
+    assert free - held >= 2**28 and turns.free_bytes(device) > held, "freed, though the driver has not got it back"
+
+
+def test_an_embedding_of_the_cache_is_the_encoders(tiny: Path, tmp_path: Path) -> None:
+    cache = str(tmp_path / "text")
+    filling = load_renderer(str(tiny), device="cuda", text_cache=cache).render([REQUEST])[0]
+    reading = load_renderer(str(tiny), device="cuda", text_cache=cache, text="precomputed").render([REQUEST])[0]
+    assert filling.frames_sha256() == reading.frames_sha256()
+    assert (filling.ran["text"]["encoder"], reading.ran["text"]["cache"]) == (2, 2)
