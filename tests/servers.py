@@ -59,6 +59,15 @@ def rclone_server(folder: Path) -> Iterator[S3Server]:
         yield S3Server(f"http://127.0.0.1:{port}")
 
 
+@contextmanager
+def hub_server(folder: Path, *options: str) -> Iterator[str]:
+    """A model hub over a folder of repositories (tests/hub_server.py); its endpoint, for HF_ENDPOINT."""
+    port = free_port()
+    command = [sys.executable, str(Path(__file__).with_name("hub_server.py")), str(folder), str(port), *options]
+    with _serving(command, port):
+        yield f"http://127.0.0.1:{port}"
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])

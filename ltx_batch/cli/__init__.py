@@ -13,6 +13,7 @@ from typing import Any
 
 import typer
 
+from ltx_batch.cli.fetch import fetch
 from ltx_batch.cli.jobs import plan, report, retry, run, status, validate
 from ltx_batch.cli.output import print_json
 from ltx_batch.cli.render import render
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=_SETTINGS,
 )
-for _verb in (render, run, validate, plan, status, retry, report, encode, enhance):
+for _verb in (render, run, validate, plan, status, retry, report, encode, enhance, fetch):
     app.command()(_verb)
 
 _submit = typer.Typer(pretty_exceptions_enable=False, add_completion=False, context_settings=_SETTINGS)

@@ -27,6 +27,7 @@ class Official:
     file: str | None = None
     folders: tuple[str, ...] = ()
     upscaler: str | None = None
+    is_checkpoint: bool = False
 
 
 def _stem(file: str | None) -> str | None:
@@ -34,7 +35,13 @@ def _stem(file: str | None) -> str | None:
 
 
 _CHECKPOINTS = [
-    Official(name, _REPO, preset["checkpoint_path"], upscaler=_stem(preset.get("spatial_upscaler_model_path")))
+    Official(
+        name,
+        _REPO,
+        preset["checkpoint_path"],
+        upscaler=_stem(preset.get("spatial_upscaler_model_path")),
+        is_checkpoint=True,
+    )
     for name, preset in PRESETS.items()
 ]
 _UPSCALERS = [Official(name, _REPO, f"{name}.safetensors") for name in {one.upscaler for one in _CHECKPOINTS} if name]

@@ -27,9 +27,11 @@ class HubFile:
 
 @dataclass(frozen=True, slots=True)
 class HubRepo:
-    """A repository at one commit. `licence` is what its model card says, None where it says nothing."""
+    """A repository at one commit, to which `revision` led (None: the main branch). `licence` is what its model card says,
+    None where it says nothing."""
 
     name: str
+    revision: str | None
     commit: str
     files: Mapping[str, HubFile]
     licence: str | None = None
@@ -42,12 +44,16 @@ class HubRepo:
         try:
             info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=_TIMEOUT_S)
         except Exception as error:
-            raise CheckpointError(f"the model hub does not give {name}{_at(revision)}: {_first_line(error)}") from error
+            raise CheckpointError(f"the model hub does not give {name}{_at(revision)}: {first_line(error)}") from error
         files = {
             one.rfilename: HubFile(one.rfilename, one.size or 0, one.lfs.sha256 if one.lfs else None)
             for one in info.siblings or ()
         }
-        return cls(name, str(info.sha), files, _licence(info.card_data))
+        return cls(name, revision, str(info.sha), files, _licence(info.card_data))
+
+    def licences(self) -> list[str]:
+        """Names of the licence texts in it."""
+        return [name for name in self.files if "license" in name.lower() or "licence" in name.lower()]
 
     def below(self, folders: tuple[str, ...]) -> list[HubFile]:
         """The files directly in these folders."""
@@ -84,7 +90,7 @@ def download(name: str, revision: str | None, *, file: str | None = None, folder
                 return Path(hf_hub_download(name, file, **options))
             return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.bin"], **options))
         except Exception as error:
-            reasons.append(_first_line(error))
+            reasons.append(first_line(error))
     what = f"{name}{_at(revision)}{f':{file}' if file else ''}"
     raise CheckpointError(f"there is no {what} here, and the model hub does not give it: {reasons[0]}")
 
@@ -101,5 +107,6 @@ def _at(revision: str | None) -> str:
     return f"@{revision}" if revision else ""
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
