@@ -32,7 +32,7 @@ HEIGHT, WIDTH, NUM_FRAMES, FRAME_RATE, SEED = 64, 96, 33, 24.0, 11
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> LtxPipeline:
     folder = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-    return LtxPipeline(folder, precision("fp32", "cpu"), CPU)
+    return LtxPipeline(folder, precision("fp32", "cpu"), CPU, text=folder)
 
 
 @pytest.fixture(scope="module")
