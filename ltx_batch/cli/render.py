@@ -36,8 +36,12 @@ def render(
     lora: Annotated[
         list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="LoRA file and how much of it. Repeatable.")
     ] = None,
-    checkpoint: Annotated[str, typer.Option(help="demo, a folder, a URI or a hub id.")] = "demo",
-    pipeline_config: Annotated[str | None, typer.Option(help="Path or URI of an official YAML.")] = None,
+    checkpoint: Annotated[
+        str, typer.Option(help="demo, an official name, a folder, an official file, a URI or a hub id.")
+    ] = "demo",
+    text_encoder: Annotated[str | None, typer.Option(help="For a checkpoint without one: folder, URI, hub id.")] = None,
+    upsampler: Annotated[str | None, typer.Option(help="Spatial upscaler, for multi-scale pipelines.")] = None,
+    pipeline_config: Annotated[str | None, typer.Option(help="A preset's name, or an official YAML.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, bnb-int8.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     as_json: AsJson = False,
@@ -62,7 +66,15 @@ def render(
     }
     request = _request(prompt, image, output, given, _DEMO_SIZE if checkpoint == "demo" else {})
     started_s = time.monotonic()
-    clip = _render(request, checkpoint, precision=precision, device=device, pipeline_config=pipeline_config)
+    clip = _render(
+        request,
+        checkpoint,
+        text_encoder=text_encoder,
+        upsampler=upsampler,
+        pipeline_config=pipeline_config,
+        precision=precision,
+        device=device,
+    )
     _save(clip, request, output)
     seconds = time.monotonic() - started_s
     if as_json:
