@@ -60,8 +60,8 @@ def fetch(
         raise CheckpointError(
             f"{folder} has {_gb(free_bytes)} free and {_gb(needed_bytes)} are needed: make room, or set HF_HOME to another disk"
         )
-    if needed_bytes and not yes and not _agreed():
-        return 1
+    if needed_bytes and not yes:
+        _ask()
     paths = _bring(wanted, needed_bytes)
     lines = _job_lines(wanted)
     if as_json:
@@ -74,7 +74,7 @@ def fetch(
 def _look_up(name: str) -> Wanted:
     """Raises CheckpointError where the name is not one, or the hub does not show it."""
     from ltx_batch.model.catalog import find_official
-    from ltx_batch.model.fetch import COMPONENTS, HubPlace, locate
+    from ltx_batch.model.fetch import COMPONENTS, HubPlace, hub_files, locate
     from ltx_batch.model.hub import HubRepo
     from ltx_batch.model.hub_download import missing_bytes
 
@@ -83,14 +83,7 @@ def _look_up(name: str) -> Wanted:
     if not isinstance(place, HubPlace):
         raise CheckpointError(f"{name} is here already, or at a URI: fetch brings what the model hub has")
     repo = HubRepo.look_up(place.repo, place.revision)
-    if place.file is not None:
-        files = [file for file in repo.files.values() if file.name == place.file]
-    else:
-        files = repo.below(official.folders if official else COMPONENTS)
-    files = [file for file in files if not file.name.endswith(".bin")]
-    if not files:
-        missing = place.file or ", ".join(f"{folder}/" for folder in COMPONENTS)
-        raise CheckpointError(f"{place.repo} at {repo.commit} holds none of {missing}")
+    files = hub_files(repo, place, official.folders if official and official.folders else COMPONENTS)
     return Wanted(name, repo, tuple(files), official, sum(missing_bytes(repo, file) for file in files))
 
 
@@ -114,10 +107,12 @@ def _describe(one: Wanted) -> None:
         _say(f"           {text}")
 
 
-def _agreed() -> bool:
+def _ask() -> None:
+    """Raises JobError unless somebody agrees."""
     if not sys.stdin.isatty():
         raise JobError("nobody is there to ask: add --yes to download")
-    return typer.confirm("Download?", default=True, err=True)
+    if not typer.confirm("Download?", default=True, err=True):
+        raise JobError("nothing was downloaded")
 
 
 def _bring(wanted: Sequence[Wanted], needed_bytes: int) -> dict[str, Path]:

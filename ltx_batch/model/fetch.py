@@ -15,7 +15,7 @@ from typing import Any
 
 from ltx_batch.errors import CheckpointError
 from ltx_batch.model.catalog import OFFICIAL, find_official
-from ltx_batch.model.hub import HubRepo, download
+from ltx_batch.model.hub import HubFile, HubRepo, download
 from ltx_batch.model.pipeline_config import FILE_NAME
 from ltx_batch.storage import FileRef, expand, fetch_uri, is_local_uri, sha256_uri, stat_uri
 
@@ -108,15 +108,20 @@ def _hub_files(place: HubPlace, folders: tuple[str, ...]) -> dict[str, FileRef]:
         repo = HubRepo.look_up(place.repo, place.revision)
     except CheckpointError as error:
         return _cached_files(place, folders, error)
+    found = {file.name: repo.ref(file.name) for file in hub_files(repo, place, folders)}
+    return {SINGLE_FILE: found[place.file]} if place.file else found
+
+
+def hub_files(repo: HubRepo, place: HubPlace, folders: tuple[str, ...] = COMPONENTS) -> list[HubFile]:
+    """Which files of the repository the place means. Raises CheckpointError where it has none of them."""
     if place.file is not None:
-        if place.file not in repo.files:
-            raise CheckpointError(f"{place.repo} at {repo.commit} has no {place.file}")
-        return {SINGLE_FILE: repo.ref(place.file)}
-    named = [file.name for file in repo.below(folders) if file.name.endswith(_SUFFIXES)]
-    if not named:
-        raise CheckpointError(f"{place.repo} at {repo.commit} has none of {'/, '.join(folders)}/")
-    beside = [FILE_NAME] if FILE_NAME in repo.files else []
-    return {name: repo.ref(name) for name in named + beside}
+        found = [file for file in repo.files.values() if file.name == place.file]
+    else:
+        found = [file for file in repo.below(folders) if file.name.endswith(_SUFFIXES)]
+    if not found:
+        missing = place.file or ", ".join(f"{folder}/" for folder in folders)
+        raise CheckpointError(f"{place.repo} at {repo.commit} holds none of {missing}")
+    return found + [file for file in repo.files.values() if file.name == FILE_NAME and place.file is None]
 
 
 def _cached_files(place: HubPlace, folders: tuple[str, ...], error: CheckpointError) -> dict[str, FileRef]:
