@@ -17,6 +17,7 @@ from ltx_batch.model.layers import transformer_layers
 from ltx_batch.model.pipeline_config import PipelineConfig
 from ltx_batch.model.plan import Plan, plan_request
 from ltx_batch.model.quantize import policy
+from ltx_batch.model.sigmas import SchedulerConfig
 from ltx_batch.model.sources import Sources, find_sources
 from ltx_batch.model.text_key import TextIdentity, encoder_fingerprint
 from ltx_batch.request import RenderRequest
@@ -182,7 +183,7 @@ def load_renderer(
     `encoder_fingerprint`. Raises CheckpointError, PrecisionError or JobError before any weight is loaded, where it can.
     """
     check_built(precision, placement, condition_preprocess)
-    from ltx_batch.model.pipeline import LtxPipeline
+    from ltx_batch.model.load import load_pipeline
     from ltx_batch.model.placement import pick_device, use_threads
     from ltx_batch.model.text_cache import open_text_cache
 
@@ -196,7 +197,7 @@ def load_renderer(
     if text_cache is not None:
         fingerprint = text_fingerprint or encoder_fingerprint(sources.text_hashes(options))
         cache = open_text_cache(text_cache, TextIdentity(fingerprint, chosen.dtype), options)
-    pipeline = LtxPipeline(
+    pipeline = load_pipeline(
         sources.local_checkpoint(options),
         chosen,
         place,
@@ -218,6 +219,16 @@ def load_planner(
     """
     sources, config = _find(checkpoint, pipeline_config, None, None, options)
     return partial(plan_request, config=config, scheduler=sources.schedule(options))
+
+
+def job_planner(model: ModelSpec, options: Mapping[str, Any] | None = None) -> Callable[[RenderRequest], Plan]:
+    """The planner of a job. Without its checkpoint at hand the scheduler is taken to be a plain one, as that of the newer
+    releases is. Raises JobError where the pipeline config is wrong."""
+    try:
+        return load_planner(model.checkpoint or "", pipeline_config=model.pipeline_config, options=options)
+    except CheckpointError:
+        config = load_pipeline_config(model.pipeline_config, options=options)
+        return partial(plan_request, config=config, scheduler=SchedulerConfig())
 
 
 def _find(

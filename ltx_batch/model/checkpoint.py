@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -24,6 +24,18 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about a 4-
 _CPU = torch.device("cpu")
 
 
+class TextLoader(Protocol):
+    """A text encoder that can be had: its tokenizer, the bytes that it takes, and the encoder itself on `device`."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def weights_bytes(self) -> int: ...
+
+    def load(self, device: torch.device) -> Any: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """The parts as loaded; the text encoder is loaded when it is first needed, if ever. None: not there, or not asked for.
@@ -33,7 +45,7 @@ class Checkpoint:
 
     transformer: Any
     vae: Any
-    text: TextParts | None
+    text: TextLoader | None
     scheduler: SchedulerConfig
     latent_upsampler: Any = None
     causal_positions: bool = True

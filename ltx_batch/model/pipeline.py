@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
 from torch import nn
 
 from ltx_batch.errors import CheckpointError
-from ltx_batch.model.checkpoint import load_checkpoint
+from ltx_batch.model.checkpoint import Checkpoint
 from ltx_batch.model.conditioning import encode_media, start_tokens
 from ltx_batch.model.decode import decode_row
 from ltx_batch.model.denoise import denoise_pass
@@ -80,27 +79,17 @@ class LtxPipeline:
 
     def __init__(
         self,
-        checkpoint: Path,
+        parts: Checkpoint,
         policy: Precision,
         device: torch.device,
         *,
-        text: Path | CheckpointError | None,
-        upsampler: Path | None = None,
+        text_missed: CheckpointError | None = None,
         text_cache: TextCache | None = None,
     ) -> None:
-        """`checkpoint` and `upsampler` are folders or files. `text` is the folder with text_encoder/ and tokenizer/, or what
-        to raise when one is missed, or None where none is to be used."""
-        dtype = getattr(torch, policy.dtype)
+        """Takes `parts` over: they are quantised as `policy` says and moved to `device`, where they may lie already.
+        `text_missed` is what to raise when parts have no text encoder and one is asked for."""
         if policy.name == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in the VAE's convolutions too
-        parts = load_checkpoint(
-            checkpoint,
-            dtype,
-            text_encoder=text if isinstance(text, Path) else None,
-            upsampler=upsampler,
-            with_text=isinstance(text, Path),
-            device=device if policy.quantize is None else torch.device("cpu"),
-        )
         quantized: dict[str, Any] = {}
         if policy.quantize == "bnb-int8":
             quantized = quantize_blocks(parts.transformer, policy, device)
@@ -123,7 +112,7 @@ class LtxPipeline:
             others = [part for part in modules.values() if part is not None]
             load = partial(TextEncoder.load, parts.text)
             self.turns = Turns(device, load, parts.text.weights_bytes, others, movable=policy.quantize is None)
-        encoder = partial(_missed, text) if isinstance(text, CheckpointError) else None
+        encoder = None if text_missed is None else partial(_missed, text_missed)
         self.text = TextSource(device, encoder=encoder if self.turns is None else self.turns.encoder, cache=text_cache)
         self.ran = {
             "precision": policy.name,

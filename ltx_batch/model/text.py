@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ltx_batch.model.checkpoint import TextParts
+from ltx_batch.model.checkpoint import TextLoader, TextParts
 from ltx_batch.model.text_key import MAX_TOKENS, as_encoded
 
 
@@ -54,7 +54,7 @@ class TextEncoder:
         self.device = device
 
     @classmethod
-    def load(cls, parts: TextParts, device: torch.device) -> TextEncoder:
+    def load(cls, parts: TextLoader, device: torch.device) -> TextEncoder:
         """Raises CheckpointError."""
         return cls(parts.tokenizer, parts.load(device), device)
 

@@ -15,6 +15,7 @@ from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import Image
 
 from ltx_batch.model.latents import from_tokens
+from ltx_batch.model.load import load_pipeline
 from ltx_batch.model.noise import row_noise
 from ltx_batch.model.pipeline import LtxPipeline, Row, Stopwatch
 from ltx_batch.model.pipeline_config import PipelineConfig
@@ -32,7 +33,7 @@ HEIGHT, WIDTH, NUM_FRAMES, FRAME_RATE, SEED = 64, 96, 33, 24.0, 11
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> LtxPipeline:
     folder = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-    return LtxPipeline(folder, precision("fp32", "cpu"), CPU, text=folder)
+    return load_pipeline(folder, precision("fp32", "cpu"), CPU, text=folder)
 
 
 @pytest.fixture(scope="module")
