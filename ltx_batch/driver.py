@@ -23,13 +23,12 @@ from ltx_batch.books import Books, OpenShard
 from ltx_batch.errors import InvalidRow, JobError, ManifestError, RunStopped
 from ltx_batch.job import JobSpec
 from ltx_batch.ledger import Ledger
-from ltx_batch.lora import Shapes
 from ltx_batch.manifest import Manifest, validate
 from ltx_batch.paths import check_paths, refuse_local
 from ltx_batch.pool import Died, Event, Finished, LocalPool, Pool, Started, StartFailed
 from ltx_batch.recipe import make_recipe, run_id
 from ltx_batch.record import RenderRecord
-from ltx_batch.renderer import check_built, layers_of, tokenizer_file
+from ltx_batch.renderer import check_built, job_planner, layers_of, tokenizer_file
 from ltx_batch.schedule import Breaker, Schedule, Task, Verdict
 from ltx_batch.storage import Storage
 from ltx_batch.tally import Summary, Tally
@@ -133,7 +132,14 @@ class _Run:
     def _check(self) -> dict[tuple[str, int], str]:
         """Look at the job's values and at every row; returns broken rules by file and row (only with skip_invalid), else raises."""
         check_built(self.job.model.precision, self.job.model.placement, self.job.condition_preprocess)
-        found = validate(self.manifest, self.job, tokenizer=tokenizer_file(self.job.model), layers=self._layers)
+        model, options = self.job.model, self.job.storage.options
+        found = validate(
+            self.manifest,
+            self.job,
+            tokenizer=tokenizer_file(model),
+            layers=lambda: layers_of(model, options),
+            planner=job_planner(model, options),
+        )
         whole = [issue for issue in found.errors if issue.row is None]
         if whole or (found.errors and not self.options.skip_invalid):
             raise ManifestError(found.errors)
@@ -143,9 +149,6 @@ class _Run:
             text = f"{issue.column}: {issue.rule}" if issue.column else issue.rule
             invalid[place] = f"{invalid[place]}; {text}" if place in invalid else text
         return invalid
-
-    def _layers(self) -> Shapes | None:
-        return layers_of(self.job.model, self.job.storage.options)
 
     def _freeze(self, invalid: dict[tuple[str, int], str]) -> None:
         """Resolve `auto` once: the first driver of a run writes it down, and the others read it."""

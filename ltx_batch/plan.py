@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from typing import Any
 
 from ltx_batch.admission import Admission
@@ -13,11 +12,9 @@ from ltx_batch.errors import CheckpointError, InvalidRow
 from ltx_batch.job import JobSpec
 from ltx_batch.ledger import Ledger
 from ltx_batch.manifest import Manifest, resolve_rows
-from ltx_batch.model.pipeline_config import load_pipeline_config
-from ltx_batch.model.plan import Plan, plan_request
-from ltx_batch.model.sigmas import SchedulerConfig
+from ltx_batch.model.plan import Plan
 from ltx_batch.recipe import job_precision, make_recipe, run_id
-from ltx_batch.renderer import load_planner
+from ltx_batch.renderer import job_planner
 from ltx_batch.request import RenderRequest
 from ltx_batch.tally import Tally
 from ltx_batch.worker import open_output
@@ -111,7 +108,7 @@ def make_plan(job: JobSpec) -> JobPlan:
 
 def _shapes(job: JobSpec, manifest: Manifest) -> tuple[Counter[tuple[Size, tuple[Pass, ...]]], int]:
     """Rows by size and passes, and how many rows break a rule."""
-    planner = _planner(job)
+    planner = job_planner(job.model, job.storage.options)
     counts: Counter[tuple[Size, tuple[Pass, ...]]] = Counter()
     invalid = 0
     for shard in manifest.shards(job.shard_rows):
@@ -123,16 +120,6 @@ def _shapes(job: JobSpec, manifest: Manifest) -> tuple[Counter[tuple[Size, tuple
             else:
                 counts[_size(row.request), passes] += 1
     return counts, invalid
-
-
-def _planner(job: JobSpec) -> Callable[[RenderRequest], Plan]:
-    """The checkpoint's own; without one at hand its scheduler is taken to be a plain one, as the newer releases' is."""
-    named, options = job.model.pipeline_config, job.storage.options
-    try:
-        return load_planner(job.model.checkpoint or "", pipeline_config=named, options=options)
-    except CheckpointError:
-        config = load_pipeline_config(named, options=options)
-        return partial(plan_request, config=config, scheduler=SchedulerConfig())
 
 
 def _passes(request: RenderRequest | None, planner: Callable[[RenderRequest], Plan]) -> tuple[Pass, ...]:

@@ -14,7 +14,7 @@ from ltx_batch.job import ModelSpec
 from ltx_batch.lora import Shapes
 from ltx_batch.model.frames import load_media
 from ltx_batch.model.layers import transformer_layers
-from ltx_batch.model.pipeline_config import PipelineConfig
+from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config
 from ltx_batch.model.plan import Plan, plan_request
 from ltx_batch.model.quantize import policy
 from ltx_batch.model.sigmas import SchedulerConfig
@@ -224,11 +224,13 @@ def load_planner(
 def job_planner(model: ModelSpec, options: Mapping[str, Any] | None = None) -> Callable[[RenderRequest], Plan]:
     """The planner of a job. Without its checkpoint at hand the scheduler is taken to be a plain one, as that of the newer
     releases is. Raises JobError where the pipeline config is wrong."""
-    try:
-        return load_planner(model.checkpoint or "", pipeline_config=model.pipeline_config, options=options)
-    except CheckpointError:
-        config = load_pipeline_config(model.pipeline_config, options=options)
-        return partial(plan_request, config=config, scheduler=SchedulerConfig())
+    if model.renderer == "ltx":
+        try:
+            return load_planner(model.checkpoint or "", pipeline_config=model.pipeline_config, options=options)
+        except CheckpointError:
+            pass
+    config = load_pipeline_config(model.pipeline_config, options=options)
+    return partial(plan_request, config=config, scheduler=SchedulerConfig())
 
 
 def _find(

@@ -91,7 +91,7 @@ def validate(
     """Check a job file and every row of its manifest, without starting anything. Exit code 2 where rows are bad."""
     from ltx_batch.manifest import Manifest
     from ltx_batch.manifest import validate as check
-    from ltx_batch.renderer import check_built, layers_of, tokenizer_file
+    from ltx_batch.renderer import check_built, job_planner, layers_of, tokenizer_file
 
     job = asked(job_file, manifest, output, overrides, skip_invalid, as_json).load()
     check_built(job.model.precision, job.model.placement, job.condition_preprocess)
@@ -101,6 +101,7 @@ def validate(
         job,
         tokenizer=tokenizer_file(job.model),
         layers=lambda: layers_of(job.model, options),
+        planner=job_planner(job.model, options),
     )
     _print_validation(found, sys.stderr if as_json else sys.stdout)
     if as_json:

@@ -60,9 +60,6 @@ def _check_texts(cells: Cells) -> None:
     for name in ("prompt", "row_id", "input_media_path"):
         if name in cells:
             cells.flag(name, _blank(cells.array(name)), "is empty")
-    if "stg_scale" in cells:
-        guidance = "spatio-temporal guidance is not built yet: leave it null, or 0"
-        cells.flag("stg_scale", (cells.numbers("stg_scale") > 0) & ~cells.bad("stg_scale"), guidance)
 
 
 def _check_numbers(cells: Cells) -> None:

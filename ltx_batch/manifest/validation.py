@@ -18,6 +18,7 @@ from ltx_batch.manifest.cells import Cells
 from ltx_batch.manifest.columns import COLUMNS, near_misses
 from ltx_batch.manifest.loras import LoraLookup, check_files, job_loras
 from ltx_batch.manifest.media import MediaLookup
+from ltx_batch.manifest.plans import PlanLookup, Planner
 from ltx_batch.manifest.read import Manifest, Shard
 from ltx_batch.manifest.rows import folder_of, issues_of
 from ltx_batch.manifest.rules import check, check_defaults, in_order
@@ -66,11 +67,13 @@ def validate(
     *,
     tokenizer: Path | None,
     layers: Callable[[], Shapes | None] = lambda: None,
+    planner: Planner | None = None,
 ) -> Validation:
     """Check every row, and what only the whole manifest shows: repeated row_ids and missing media.
 
     `tokenizer` is a tokenizer.json or a spiece.model; None leaves unchecked whether prompts can be read whole. `layers`
     gives the transformer's linear layers, and is asked where there are LoRA files; None leaves unchecked whether they fit.
+    `planner` answers a request with its plan, or raises InvalidRow; without it no row is held against the pipeline config.
     Raises JobError where the job's own defaults break a rule, CheckpointError for a tokenizer or a LoRA file of the job
     that cannot be used.
     """
@@ -78,6 +81,7 @@ def validate(
     loras = LoraLookup(job.storage.options, layers)
     check_files(job_loras(job), loras)
     found = Validation(manifest.rows)
+    plans = PlanLookup(planner, job.defaults)
     media, tokens, ids = MediaLookup(job.storage.options), TokenCounter(tokenizer), RowIds(manifest)
     unseeded = 0
     for shard, table in _chunks(manifest, _COLUMNS):
@@ -85,7 +89,8 @@ def validate(
         cells, broken = check(table, job.defaults)
         folder = folder_of(file)
         missing = media.missing(cells, folder) + loras.faults(cells, folder)
-        faults = in_order(broken + missing + media.stills(cells, folder, job.defaults.num_frames))
+        stills = media.stills(cells, folder, job.defaults.num_frames)
+        faults = in_order(broken + missing + stills + plans.faults(cells))
         found.add_errors(issues_of(table, cells, faults, file=file, offset=shard.offset), len(faults))
         doubts = tokens.doubts(cells)
         found.add_warnings(issues_of(table, cells, doubts, file=file, offset=shard.offset), len(doubts))

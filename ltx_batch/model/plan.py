@@ -270,7 +270,7 @@ def _sigmas(
     first, last = one.skip_initial_inference_steps, one.skip_final_inference_steps
     if first + last >= steps:
         raise InvalidRow(
-            f"of {steps} inference steps {first} at the start and {last} at the end are skipped: none is left"
+            f"num_inference_steps {steps}: {first} at the start and {last} at the end are skipped, so none is left"
         )
     return _allowed(make_sigmas(config.sampler, steps, tokens, scheduler)[first : steps - last], scheduler)
 
