@@ -22,11 +22,13 @@ from tests.tiny_checkpoint import write_tiny_checkpoint
 PLAIN = {"guidance_scale": 1, "stg_scale": 0, "rescaling_scale": 1, "skip_block_list": [42]}
 DISTILLED = {
     "pipeline_type": "multi-scale",
+    "decode_noise_scale": 0.025,
     "first_pass": {"timesteps": [1.0, 0.9937, 0.9875, 0.9812, 0.9750, 0.9094, 0.7250], **PLAIN},
     "second_pass": {"timesteps": [0.9094, 0.7250, 0.4219], **PLAIN, "tone_map_compression_ratio": 0.6},
 }
 DEV = {
     "pipeline_type": "multi-scale",
+    "decode_noise_scale": 0.025,
     "stg_mode": "stg_av",
     "first_pass": {
         "guidance_scale": [1, 6, 8, 1],
