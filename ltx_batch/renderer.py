@@ -184,7 +184,7 @@ def load_renderer(
     """
     check_built(precision, placement, condition_preprocess)
     from ltx_batch.model.load import load_pipeline
-    from ltx_batch.model.placement import pick_device, use_threads
+    from ltx_batch.model.device import pick_device, use_threads
     from ltx_batch.model.text_cache import open_text_cache
 
     if torch_threads is not None:
@@ -332,7 +332,7 @@ def resolve_precision(name: str, device: str, config: PipelineConfig | None = No
     `device` is cpu, cuda or auto. Raises PrecisionError.
     """
     if name == "auto" and device == "auto":
-        from ltx_batch.model.placement import pick_device
+        from ltx_batch.model.device import pick_device
 
         device = pick_device(device).type
     if name == "auto" and device != "cpu" and config is not None:

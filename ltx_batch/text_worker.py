@@ -38,7 +38,7 @@ class TextWorker:
     def __init__(self, plan: WorkerPlan) -> None:
         job = plan.job
         os.environ["OMP_NUM_THREADS"] = str(job.worker.torch_threads)  # read when torch is first imported
-        from ltx_batch.model.placement import pick_device, use_threads
+        from ltx_batch.model.device import pick_device, use_threads
         from ltx_batch.model.text import find_text
         from ltx_batch.model.text_cache import open_text_cache
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from ltx_batch.errors import CheckpointError
-from ltx_batch.model.placement import pick_device
+from ltx_batch.model.device import pick_device
 
 _RULES = (
     "You turn a short idea for a video into a prompt for a video model. Answer with one paragraph of plain English, 150 "

@@ -18,11 +18,11 @@ from ltx_batch.model.checkpoint import Checkpoint
 from ltx_batch.model.conditioning import encode_media, start_tokens
 from ltx_batch.model.decode import decode_row
 from ltx_batch.model.denoise import denoise_pass
+from ltx_batch.model.device import device_name
 from ltx_batch.model.latents import from_tokens
 from ltx_batch.model.lora import LoraSwitch
 from ltx_batch.model.noise import Noise
 from ltx_batch.model.pipeline_config import PipelineConfig
-from ltx_batch.model.placement import device_name
 from ltx_batch.model.plan import PassPlan, Plan
 from ltx_batch.model.preprocess import ConditionItem
 from ltx_batch.model.quantize.bnb import quantize_blocks, scale_bytes

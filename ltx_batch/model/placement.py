@@ -1,28 +1,338 @@
-"""Where the model lies. Only `resident` is built: everything stays on one device."""
+"""Where the parts of a model lie while a plan is rendered: a frozen decision and its reason, from sizes alone. No torch.
+
+What changes no bit comes first: parts leave the device for each other, and blocks of the transformer come from host memory
+one by one. Only what does not fit alone is cut: the decode into tiles, then a pass's tokens into chunks.
+"""
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from ltx_batch.errors import JobError
+from ltx_batch.model import memory
+from ltx_batch.model.memory import CHUNK_TOKENS, GIB, ModelSizes, Work
+from ltx_batch.model.plan import PassPlan
+from ltx_batch.model.tiles import OVERLAP, Tiles, choose_tiles
+
+Mode = Literal["resident", "offload", "sharded"]
+NAMES = ("auto", "resident", "offload", "sharded")
+_SHARDED_TRIES = ((1.0, False), (0.25, False), (0.125, False), (0.125, True), (0.0, True))
+SLOTS = 2  # places on the device for the blocks that do not stay: one works, the next one comes
 
 
-def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU where there is one. Raises JobError where `cuda` is asked for and absent."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise JobError("device cuda is asked for, but torch finds no GPU here; use device: auto, or cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise JobError(f"unknown device {name!r}; what works: auto, cpu, cuda")
-    return torch.device(name)
+@dataclass(frozen=True, slots=True)
+class PassPlacement:
+    """How many of the transformer's blocks stay on the device during a pass, and whether its tokens go in chunks."""
+
+    kept_blocks: int
+    chunk_tokens: int | None = None
 
 
-def use_threads(count: int) -> None:
-    """CPU threads of torch in this process. Pixels hang on it, so a job pins it; the environment is only read once."""
-    torch.set_num_threads(count)
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """How a plan is rendered.
+
+    `resident`: every part stays on the device. `offload`: each comes from host memory for its stage, and leaves after it;
+    `beside` says how many of the transformer's blocks stay in other stages than its own, or that it leaves as a whole
+    (None). `sharded`: VAE and upsampler come and leave, and the blocks lie on several GPUs, `shards` of them on each.
+    `peak_bytes` is the predicted peak on the first GPU, without a text encoder; `fits` says whether that is there.
+    """
+
+    mode: Mode
+    passes: tuple[PassPlacement, ...]
+    reason: str
+    peak_bytes: int
+    fits: bool = True
+    decode_tiles: Tiles | None = None
+    encode_tiles: tuple[Tiles | None, ...] = ()
+    beside: Mapping[str, int | None] = field(default_factory=dict)
+    shards: tuple[int, ...] = ()
+
+    @property
+    def degraded(self) -> bool:
+        """Whether pixels differ from an uncut render's by more than rounding."""
+        return self.decode_tiles is not None or any(self.encode_tiles)
+
+    @property
+    def ran(self) -> dict[str, Any]:
+        """What a record says of it."""
+        return {
+            "mode": self.mode,
+            "reason": self.reason,
+            "kept_blocks": [one.kept_blocks for one in self.passes],
+            "chunk_tokens": max((one.chunk_tokens or 0 for one in self.passes), default=0) or None,
+            "predicted_peak_bytes": self.peak_bytes,
+        }
 
 
-def device_name(device: torch.device) -> str:
-    """`cpu`, or the GPU's model."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+@dataclass(frozen=True, slots=True)
+class Strain:
+    """What running out of memory has taught a process, for the rest of its life: `steps` down from what was predicted to
+    fit (1: offload; 2: no block stays; 3: tokens in chunks), and the most pixels of a frame that are decoded at once."""
+
+    steps: int = 0
+    decode_pixels: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes that a render may use on its GPU, weights included, and on `others` of the same process. None: no limit is
+    known."""
+
+    bytes: int | None = None
+    others: tuple[int, ...] = ()
+
+    @property
+    def usable(self) -> tuple[int, ...]:
+        """Of each GPU: what is not left to the allocator's gaps and the prediction's error."""
+        return tuple(int(memory.USABLE * count) for count in (self.bytes or 0, *self.others))
+
+    def holds(self, wanted_bytes: int) -> bool:
+        return self.bytes is None or wanted_bytes <= self.usable[0]
+
+    @property
+    def told(self) -> str:
+        return "unlimited memory" if self.bytes is None else gib(self.bytes)
+
+
+def check_name(name: str) -> None:
+    """Raises JobError for a placement that there is not."""
+    if name not in NAMES:
+        raise JobError(f"unknown placement {name!r}; what works: {', '.join(NAMES)}")
+
+
+def decide(sizes: ModelSizes, work: Work, room: Room, asked: str = "auto", strain: Strain | None = None) -> Placement:
+    """The placement of a plan. `auto`: resident where it fits uncut; else what fits uncut, sharded before offload; else
+    what fits cut, resident first; else offload, with `fits` False where that does not fit either."""
+    strain = strain or Strain()
+    if asked == "offload" or strain.steps:
+        return _offload(sizes, work, room, strain)
+    if asked == "sharded":
+        return _sharded(sizes, work, room, strain)
+    resident = _resident(sizes, work, room, strain)
+    if asked == "resident" or room.bytes is None:
+        return resident
+    choices = [resident, *([_sharded(sizes, work, room, strain)] if room.others else [])]
+    choices.append(_offload(sizes, work, room, strain))
+    fitting = [choice for choice in choices if choice.fits]
+    return next((choice for choice in fitting if not choice.degraded), next(iter(fitting), choices[-1]))
+
+
+def step_down(strain: Strain, stage: str, placement: Placement, work: Work) -> Strain | None:
+    """What to go on with after `stage` ran out of memory under `placement`; None: there is nothing left to try."""
+    if stage == "decode":
+        return _smaller_tiles(strain, placement, work)
+    reached = 0
+    if placement.mode == "offload":
+        chunked = all(one.chunk_tokens for one in placement.passes)
+        reached = 3 if chunked else 2 if all(one.kept_blocks == 0 for one in placement.passes) else 1
+    reached = max(strain.steps, reached)
+    return None if reached == 3 else replace(strain, steps=reached + 1)
+
+
+def needs(sizes: ModelSizes, work: Work) -> tuple[int, int]:
+    """Bytes that a plan wants with every part resident, and about the least that it can do with."""
+    resident = _resident(sizes, work, Room(), Strain())
+    return resident.peak_bytes, _offload(sizes, work, Room(0), Strain(steps=3)).peak_bytes
+
+
+def gib(count: int) -> str:
+    return f"{count / GIB:.1f} GiB"
+
+
+# everything on the device
+
+
+def _resident(sizes: ModelSizes, work: Work, room: Room, strain: Strain) -> Placement:
+    tiles = _decode_tiles(sizes, work, room, strain, beside_bytes=sizes.weights_bytes - sizes.decoder_bytes)
+    stages = {**_beside(sizes, work, tiles, ()), "denoise": _denoise_bytes(sizes, work)}
+    stage = max(stages, key=lambda name: stages[name])
+    peak = sizes.weights_bytes + stages[stage]
+    return Placement(
+        "resident",
+        tuple(PassPlacement(sizes.blocks) for _ in work.plan.passes),
+        f"all parts and {stage} take {gib(peak)} of {room.told}{_cut(tiles)}",
+        peak,
+        fits=room.holds(peak),
+        decode_tiles=tiles,
+    )
+
+
+def _sharded(sizes: ModelSizes, work: Work, room: Room, strain: Strain) -> Placement:
+    """Blocks go where most is left, so that what is left is alike; VAE and upsampler come to the first GPU for their
+    stages, and the larger the share of the decode that is counted there, the fewer blocks it gets."""
+    last = work.plan.passes[-1]
+    whole = memory.decode_bytes(sizes, last.height * last.width * last.num_frames)
+    for share, chunked in _SHARDED_TRIES:
+        denoise = max(memory.denoise_bytes(sizes, one, work, chunked=chunked) for one in work.plan.passes)
+        left = [usable - denoise for usable in room.usable]
+        left[0] -= sizes.rest_bytes + max(0, sizes.decoder_bytes + int(share * whole) - denoise)
+        shards = _deal(sizes, left)
+        if min(left) >= 0:
+            break
+    held = sizes.rest_bytes + shards[0] * sizes.block_bytes
+    tiles = _decode_tiles(sizes, work, room, strain, beside_bytes=held)
+    peak = held + max(denoise, *_guest_bytes(sizes, work, tiles, ()).values())
+    return Placement(
+        "sharded",
+        tuple(PassPlacement(sizes.blocks, CHUNK_TOKENS if chunked else None) for _ in work.plan.passes),
+        f"{sizes.blocks} blocks over {len(shards)} GPUs, {' and '.join(map(str, shards))}{_cut(tiles)}",
+        peak,
+        fits=min(left) >= 0 and room.holds(peak),
+        decode_tiles=tiles,
+        shards=tuple(shards),
+    )
+
+
+def _deal(sizes: ModelSizes, left: list[int]) -> list[int]:
+    """Blocks on each GPU. `left`, the bytes there are on each, becomes what is left."""
+    shards = [0] * len(left)
+    for _ in range(sizes.blocks):
+        most = max(range(len(left)), key=lambda index: left[index])
+        left[most] -= sizes.block_bytes
+        shards[most] += 1
+    return shards
+
+
+# each part for its stage
+
+
+def _offload(sizes: ModelSizes, work: Work, room: Room, strain: Strain) -> Placement:
+    passes = tuple(_place_pass(sizes, work, one, room, strain) for one in work.plan.passes)
+    tiles = _decode_tiles(sizes, work, room, strain, beside_bytes=0)
+    encode = tuple(_encode_tiles(sizes, work, one, room) for one in work.plan.passes)
+    stages = _guest_bytes(sizes, work, tiles, encode)
+    beside = {name: _stay_beside(sizes, room, strain, passes, taken) for name, taken in stages.items()}
+    peak = max(
+        *(_pass_bytes(sizes, work, one, how) for one, how in zip(work.plan.passes, passes, strict=True)),
+        *(taken + _held_bytes(sizes, beside[name]) for name, taken in stages.items()),
+    )
+    return Placement(
+        "offload",
+        passes,
+        _why_offload(sizes, work, room, strain, passes) + _cut(tiles),
+        peak,
+        fits=room.holds(peak),
+        decode_tiles=tiles,
+        encode_tiles=encode if any(encode) else (),
+        beside=beside,
+    )
+
+
+def _place_pass(sizes: ModelSizes, work: Work, one: PassPlan, room: Room, strain: Strain) -> PassPlacement:
+    kept = None if strain.steps == 3 else _kept_blocks(sizes, room, memory.denoise_bytes(sizes, one, work))
+    if kept is not None:
+        return PassPlacement(0 if strain.steps == 2 else kept)
+    kept = _kept_blocks(sizes, room, memory.denoise_bytes(sizes, one, work, chunked=True))
+    return PassPlacement(0 if strain.steps else kept or 0, CHUNK_TOKENS)
+
+
+def _kept_blocks(sizes: ModelSizes, room: Room, activations: int) -> int | None:
+    """Blocks that stay beside `activations`: all, or some and the slots for the others. None: not even the slots."""
+    if room.bytes is None:
+        return 0
+    places = (room.usable[0] - sizes.rest_bytes - activations) // sizes.block_bytes
+    if places >= sizes.blocks:
+        return sizes.blocks
+    return None if places < SLOTS else min(places - SLOTS, sizes.blocks - SLOTS - 1)
+
+
+def _stay_beside(
+    sizes: ModelSizes, room: Room, strain: Strain, passes: tuple[PassPlacement, ...], taken: int
+) -> int | None:
+    """Blocks that stay while another part takes so much: as many as fit, of those that some pass keeps."""
+    if room.bytes is None or strain.steps >= 2:
+        return None
+    left = room.usable[0] - taken - sizes.rest_bytes
+    return None if left < 0 else min(left // sizes.block_bytes, max(one.kept_blocks for one in passes))
+
+
+def _held_bytes(sizes: ModelSizes, blocks: int | None) -> int:
+    return 0 if blocks is None else sizes.rest_bytes + blocks * sizes.block_bytes
+
+
+def _pass_bytes(sizes: ModelSizes, work: Work, one: PassPlan, how: PassPlacement) -> int:
+    blocks = how.kept_blocks if how.kept_blocks == sizes.blocks else how.kept_blocks + SLOTS
+    taken = memory.denoise_bytes(sizes, one, work, chunked=how.chunk_tokens is not None)
+    return sizes.rest_bytes + blocks * sizes.block_bytes + taken
+
+
+def _why_offload(sizes: ModelSizes, work: Work, room: Room, strain: Strain, passes: tuple[PassPlacement, ...]) -> str:
+    if strain.steps:
+        begin = f"memory ran out, step {strain.steps}"
+    else:
+        begin = f"resident wants {gib(_resident(sizes, work, Room(), Strain()).peak_bytes)} of {room.told}"
+    kept = ", ".join(
+        f"{one.name} keeps {how.kept_blocks} of {sizes.blocks} blocks{' and goes in chunks' if how.chunk_tokens else ''}"
+        for one, how in zip(work.plan.passes, passes, strict=True)
+    )
+    return f"{begin}: {kept}"
+
+
+# stages
+
+
+def _beside(sizes: ModelSizes, work: Work, tiles: Tiles | None, encode: tuple[Tiles | None, ...]) -> dict[str, int]:
+    """Activations of the stages in which the transformer does not work."""
+    passes, last = work.plan.passes, work.plan.passes[-1]
+    pixels = (tiles.pixels if tiles else last.height * last.width) * last.num_frames
+    decode = memory.decode_bytes(sizes, pixels) + (memory.seam_bytes(sizes, last, OVERLAP) if tiles else 0)
+    cuts = encode or (None,) * len(passes)
+    condition = max(
+        memory.encode_bytes(sizes, cut.pixels if cut else one.height * one.width, work.encoded_frames)
+        for one, cut in zip(passes, cuts, strict=True)
+    )
+    upsample = max((memory.upsample_bytes(sizes, one) for one in passes[1:]), default=0)
+    return {"condition": condition, "upsample": upsample, "decode": decode}
+
+
+def _guest_bytes(
+    sizes: ModelSizes, work: Work, tiles: Tiles | None, encode: tuple[Tiles | None, ...]
+) -> dict[str, int]:
+    """The same with the weights that come for the stage."""
+    beside = _beside(sizes, work, tiles, encode)
+    weights = {
+        "condition": sizes.encoder_bytes if work.encoded_frames else 0,
+        "upsample": sizes.upsampler_bytes if len(work.plan.passes) > 1 else 0,
+        "decode": sizes.decoder_bytes,
+    }
+    return {name: weights[name] + taken for name, taken in beside.items()}
+
+
+def _denoise_bytes(sizes: ModelSizes, work: Work) -> int:
+    return max(memory.denoise_bytes(sizes, one, work) for one in work.plan.passes)
+
+
+def _decode_tiles(sizes: ModelSizes, work: Work, room: Room, strain: Strain, *, beside_bytes: int) -> Tiles | None:
+    """Tiles that fit beside so many bytes of other parts; None: the decode need not be cut."""
+    last = work.plan.passes[-1]
+    whole = last.height * last.width
+    limit = strain.decode_pixels or whole
+    left = None if room.bytes is None else room.usable[0] - beside_bytes - sizes.decoder_bytes
+    if left is not None and memory.decode_bytes(sizes, whole * last.num_frames) > left:
+        left -= memory.seam_bytes(sizes, last, OVERLAP)
+        limit = min(limit, left // memory.decode_bytes(sizes, last.num_frames))
+    return choose_tiles(last.height, last.width, limit)
+
+
+def _encode_tiles(sizes: ModelSizes, work: Work, one: PassPlan, room: Room) -> Tiles | None:
+    whole = one.height * one.width
+    if room.bytes is None or not work.encoded_frames:
+        return None
+    left = room.usable[0] - sizes.encoder_bytes
+    if memory.encode_bytes(sizes, whole, work.encoded_frames) <= left:
+        return None
+    return choose_tiles(one.height, one.width, left // memory.encode_bytes(sizes, 1, work.encoded_frames))
+
+
+def _smaller_tiles(strain: Strain, placement: Placement, work: Work) -> Strain | None:
+    last = work.plan.passes[-1]
+    before = placement.decode_tiles.pixels if placement.decode_tiles else last.height * last.width
+    tiles = choose_tiles(last.height, last.width, before // 2)
+    return None if tiles is None or tiles.pixels >= before else replace(strain, decode_pixels=tiles.pixels)
+
+
+def _cut(tiles: Tiles | None) -> str:
+    return f", decoded in tiles of {tiles}" if tiles else ""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from ltx_batch.model.device import free_bytes
 from ltx_batch.model.room import Room, room_to_encode, room_to_render
 from ltx_batch.model.text import TextEncoder
 
@@ -85,14 +86,6 @@ class Turns:
     def _tell(self, what: str) -> None:
         self.told = what
         log.info("text encoder %s", what)
-
-
-def free_bytes(device: torch.device) -> int | None:
-    """What can still be allocated on a GPU, with what torch keeps for itself; None on a CPU."""
-    if device.type != "cuda":
-        return None
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def held_bytes(module: nn.Module) -> int:

@@ -1,0 +1,100 @@
+"""How many bytes a render takes on a device, stage by stage, from sizes alone. No torch.
+
+Bytes a token and a pixel are counted from the tensors that live at once at a stage's peak; factors were then set by what
+an H100 allocated (docs/placement.md has the points, and a test holds these functions to them).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ltx_batch.model.plan import PassPlan, Plan
+
+GIB = 2**30
+CONTEXT_BYTES = 640 * 2**20  # of a CUDA process before its first tensor: driver, libraries, kernels. Not measured yet
+TEXT_BYTES = GIB  # T5-XXL needs a tenth of that for 256 tokens; the rest is what an allocator cannot use
+CHUNK_TOKENS = 4096
+USABLE = 0.93  # of what is free: gaps between an allocator's blocks, and the error of these predictions
+
+# Of a transformer, bytes a token and channel. The rotary tables are fp32 and shared by all rows of a call.
+_ROTARY = 8.0
+_ROW = {"fp32": 49.0, "bf16": 25.5, "int8": 25.5, "int8-weight": 25.5, "fp8": 25.5, "bnb-int8": 41.0}
+# Given tokens have noise levels of their own, and so each token its six modulations, twice at the peak.
+_LEVELS = 13.0  # times the bytes of a number
+# In chunks of tokens there are no tables, and of queries, keys, values and the feed-forward no copies.
+_ROW_IN_CHUNKS = {2: 14.7, 4: 29.0}
+# Of a VAE, bytes a pixel for each byte of a number. The encoder's were counted only.
+_DECODE, _ENCODE = 51.5, 61.0
+_VIDEO = 3  # channels of a decoded pixel
+_UPSAMPLE = 2100.0  # bytes a token of what comes out, for each byte of a number. Counted only
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """A model as it is held. Bytes of weights by part, `block_bytes` of the largest of the transformer's `blocks`,
+    `rest_bytes` of what it has beside them; `channels` are the transformer's, `number_bytes` 2 for bf16."""
+
+    block_bytes: int
+    blocks: int
+    rest_bytes: int
+    encoder_bytes: int
+    decoder_bytes: int
+    upsampler_bytes: int
+    channels: int
+    number_bytes: int
+    precision: str = "bf16"
+
+    @property
+    def transformer_bytes(self) -> int:
+        return self.blocks * self.block_bytes + self.rest_bytes
+
+    @property
+    def weights_bytes(self) -> int:
+        """All but the text encoder."""
+        return self.transformer_bytes + self.encoder_bytes + self.decoder_bytes + self.upsampler_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one call of the pipeline is asked for: `rows` clips of one plan. `encoded_frames` is the length of the longest
+    conditioning or input media, 0 where there is none."""
+
+    plan: Plan
+    rows: int = 1
+    encoded_frames: int = 0
+    conditioned: bool = False
+
+
+def denoise_bytes(sizes: ModelSizes, one: PassPlan, work: Work, *, chunked: bool = False) -> int:
+    """Activations of a pass's largest call."""
+    asked = max(guidance.rows for guidance in one.guidance) * work.rows
+    row = _ROW_IN_CHUNKS[sizes.number_bytes] if chunked else _ROW[sizes.precision]
+    levels = _LEVELS * sizes.number_bytes if work.conditioned else 0.0
+    shared = 0.0 if chunked else _ROTARY
+    beside = _chunk_bytes(sizes, asked) if chunked else 0
+    return int(one.tokens * sizes.channels * (shared + asked * (row + levels))) + beside
+
+
+def _chunk_bytes(sizes: ModelSizes, rows: int) -> int:
+    """What one chunk takes while it is worked on."""
+    return int(CHUNK_TOKENS * sizes.channels * (_ROTARY + rows * _ROW[sizes.precision]))
+
+
+def decode_bytes(sizes: ModelSizes, pixels: int) -> int:
+    """Activations of the VAE's decoder for so many pixels of all frames together, or of one tile of them."""
+    return int(_DECODE * sizes.number_bytes * pixels)
+
+
+def seam_bytes(sizes: ModelSizes, one: PassPlan, overlap: int) -> int:
+    """What a tiled decode keeps on the device of tiles that are done: the edges that their neighbours blend with."""
+    return 2 * overlap * (one.height + one.width) * one.num_frames * _VIDEO * sizes.number_bytes
+
+
+def encode_bytes(sizes: ModelSizes, pixels: int, frames: int) -> int:
+    """Activations of the VAE's encoder for `frames` of so many pixels each; a picture it pads in time to three."""
+    return int(_ENCODE * sizes.number_bytes * pixels * (max(3, frames) if frames else 0))
+
+
+def upsample_bytes(sizes: ModelSizes, one: PassPlan) -> int:
+    """Activations of the upsampler, whose result `one` begins from."""
+    return int(_UPSAMPLE * sizes.number_bytes * one.tokens)

@@ -1,0 +1,266 @@
+"""Where parts lie and what that takes, as tables: no torch and no device."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from ltx_batch.errors import JobError
+from ltx_batch.model import memory
+from ltx_batch.model.memory import GIB, ModelSizes, Work
+from ltx_batch.model.pipeline_config import load_pipeline_config
+from ltx_batch.model.placement import Placement, Room, Strain, check_name, decide, needs, step_down
+from ltx_batch.model.plan import Guidance, PassPlan, Plan, Target, plan_request
+from ltx_batch.model.sigmas import SchedulerConfig
+from ltx_batch.model.tiles import Tiles, choose_tiles
+from ltx_batch.request import RenderRequest
+
+VAE = {"encoder_bytes": int(1.293 * GIB), "decoder_bytes": int(1.030 * GIB), "upsampler_bytes": int(0.235 * GIB)}
+# Weights of the 13B: 12.885 billion in 48 blocks, 0.158 billion beside them.
+BF16 = ModelSizes(int(0.5 * GIB), 48, int(0.294 * GIB), channels=4096, number_bytes=2, **VAE)
+INT8 = replace(BF16, block_bytes=int(0.25 * GIB), precision="int8")
+BNB = replace(INT8, precision="bnb-int8")
+FP32 = replace(BF16, block_bytes=GIB, rest_bytes=int(0.588 * GIB), number_bytes=4, precision="fp32")
+CONFIG = load_pipeline_config("ltxv-13b-0.9.8-distilled")
+
+
+def planned(height: int, width: int, num_frames: int) -> Plan:
+    """Two passes."""
+    request = RenderRequest(prompt="a", height=height, width=width, num_frames=num_frames)
+    return plan_request(request, CONFIG, SchedulerConfig())
+
+
+def one_pass(height: int, width: int, num_frames: int, guidance: Guidance | None = None) -> Plan:
+    one = PassPlan("pass1", height, width, num_frames, (1.0,), (guidance or Guidance(),))
+    return Plan((one,), Target(height, width, num_frames), 30.0, 0.0, 0.05, 0.025)
+
+
+def tokens_pass(tokens: int) -> PassPlan:
+    """A pass of about so many tokens."""
+    return PassPlan("pass1", 32, 32 * tokens, 1, (1.0,), (Guidance(),))
+
+
+HD, UHD = planned(704, 1216, 121), planned(2160, 3840, 33)
+
+
+def card(size_gib: float) -> Room:
+    return Room(int(size_gib * GIB))
+
+
+# against what an H100 allocated (docs/placement.md)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "measured_gib"), [(BF16, 26.1), (BF16, 25.6), (INT8, 14.0), (BNB, 14.9), (FP32, 51.6)]
+)
+def test_a_step_of_the_13b_at_13376_tokens(sizes: ModelSizes, measured_gib: float) -> None:
+    work = Work(one_pass(704, 1216, 121))
+    assert work.plan.passes[0].tokens == 13_376
+    found = sizes.transformer_bytes + memory.denoise_bytes(sizes, work.plan.passes[0], work)
+    assert found / GIB == pytest.approx(measured_gib, rel=0.1)
+
+
+@pytest.mark.parametrize(("tokens", "measured_gib"), [(4_180, 1.4), (13_376, 2.6), (22_400, 3.7), (40_800, 6.1)])
+def test_a_step_with_streamed_blocks(tokens: int, measured_gib: float) -> None:
+    work = Work(replace(one_pass(32, 32, 1), passes=(tokens_pass(tokens),)))
+    placed = decide(INT8, work, Room(), "offload")
+    assert placed.passes[0].kept_blocks == 0
+    assert placed.peak_bytes / GIB == pytest.approx(measured_gib, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "frames", "measured_gib"),
+    [(704, 1216, 121, 12.2), (1440, 2560, 33, 14.1), (2176, 3840, 33, 28.9)],
+)
+def test_a_decode(height: int, width: int, frames: int, measured_gib: float) -> None:
+    vae = BF16.encoder_bytes + BF16.decoder_bytes
+    found = vae + memory.decode_bytes(BF16, height * width * frames)
+    assert found / GIB == pytest.approx(measured_gib, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "frames", "measured_gib"),
+    [(704, 1216, 121, 5.6), (1440, 2560, 33, 4.7), (2176, 3840, 33, 7.5)],
+)
+def test_a_tiled_decode(height: int, width: int, frames: int, measured_gib: float) -> None:
+    """Measured with diffusers' tiles of 512 pixels, which keeps all of them on the device and joins them there: rows
+    first, then the whole, each a copy."""
+    tiles = Tiles(512, 512, 64)
+    vae, video = BF16.encoder_bytes + BF16.decoder_bytes, 6 * frames
+    first = vae + memory.decode_bytes(BF16, tiles.pixels * frames) + video * tiles.pixels
+    joined = vae + video * (tiles.decoded_pixels(height, width) + 2 * height * width)
+    assert max(first, joined) / GIB == pytest.approx(measured_gib, rel=0.1)
+
+
+def test_guidance_and_given_tokens_take_more() -> None:
+    plain, guided = (one_pass(704, 1216, 121, Guidance(guidance_scale=scale)) for scale in (1.0, 3.0))
+    alone, both, pair, given = (
+        memory.denoise_bytes(BF16, work.plan.passes[0], work)
+        for work in (Work(plain), Work(guided), Work(plain, rows=2), Work(plain, conditioned=True))
+    )
+    assert both == pair, "rows are rows"
+    assert alone < both < 2 * alone, "the rotary tables are shared"
+    assert given == pytest.approx(1.78 * alone, rel=0.02)
+
+
+# tiles
+
+
+@pytest.mark.parametrize("height", [192, 704, 896, 2880])
+@pytest.mark.parametrize("width", [224, 1216, 5056])
+@pytest.mark.parametrize("limit", [1, 10**5, 10**6, 10**8])
+def test_tiles_cover_a_picture_and_keep_to_the_limit(height: int, width: int, limit: int) -> None:
+    tiles = choose_tiles(height, width, limit)
+    if tiles is None:
+        assert height * width <= limit
+        return
+    assert height * width > limit and tiles.height % 32 == tiles.width % 32 == 0
+    assert tiles.pixels <= max(limit, 224 * 256)
+    for starts, side, length in zip(
+        tiles.grid(height, width), (tiles.height, tiles.width), (height, width), strict=True
+    ):
+        ends = [min(start + side, length) for start in starts]
+        assert starts[0] == 0 and ends[-1] == length
+        assert all(end - start == tiles.overlap for start, end in zip(starts[1:], ends[:-1], strict=True))
+        assert all(end - start > tiles.overlap for start, end in zip(starts, ends, strict=True))
+
+
+def test_tiles_are_the_largest_that_fit() -> None:
+    assert choose_tiles(896, 1600, 896 * 1600) is None
+    assert choose_tiles(896, 1600, 896 * 1600 - 1) == Tiles(896, 832)
+    assert choose_tiles(896, 1600, 400_000) == Tiles(480, 832)
+
+
+# decisions
+
+
+@pytest.mark.parametrize(
+    ("sizes", "plan", "size_gib", "mode", "cut", "chunks"),
+    [
+        (BF16, HD, 79.4, "resident", False, False),
+        (BF16, HD, 47.4, "resident", False, False),
+        (BF16, HD, 23.4, "offload", False, False),
+        (INT8, HD, 23.4, "offload", False, False),
+        (INT8, HD, 15.4, "offload", True, False),
+        (INT8, HD, 7.4, "offload", True, False),
+        (INT8, HD, 5.4, "offload", True, False),
+        (INT8, HD, 3.4, "offload", True, True),
+        (INT8, UHD, 79.4, "resident", False, False),
+        (INT8, UHD, 47.4, "resident", True, False),
+        (INT8, UHD, 11.4, "offload", True, False),
+        (INT8, UHD, 7.4, "offload", True, True),
+    ],
+)
+def test_the_first_that_fits(
+    sizes: ModelSizes, plan: Plan, size_gib: float, mode: str, cut: bool, chunks: bool
+) -> None:
+    room = card(size_gib)
+    found = decide(sizes, Work(plan), room)
+    assert (found.mode, found.decode_tiles is not None, found.degraded) == (mode, cut, cut)
+    assert any(one.chunk_tokens for one in found.passes) is chunks
+    assert found.fits and found.peak_bytes <= room.usable[0]
+    assert room.told in found.reason
+
+
+def test_as_many_blocks_stay_as_fit() -> None:
+    first, second = decide(INT8, Work(HD), card(7.4)).passes
+    assert first.kept_blocks > second.kept_blocks > 0, "the second pass has four times the tokens"
+    sizes = [decide(INT8, Work(HD), card(size)).passes[1].kept_blocks for size in (5, 7, 9, 11, 13, 15, 20)]
+    assert sizes == sorted(sizes) and sizes[-1] == 48
+    assert 46 not in sizes and 47 not in sizes, "two slots cost as much as the blocks that they are for"
+
+
+def test_blocks_make_room_for_a_decode_and_no_more_than_must() -> None:
+    placed = decide(INT8, Work(HD), card(23.4))
+    staying = placed.beside["decode"]
+    assert placed.passes[1].kept_blocks == 48 and staying is not None and 0 < staying < 48
+    assert placed.beside["upsample"] == 48, "which wants little"
+    assert decide(INT8, Work(HD), card(23.4), strain=Strain(2)).beside["decode"] is None
+
+
+def test_what_fits_nowhere_says_so() -> None:
+    found = decide(BF16, Work(UHD), card(3.0))
+    assert (found.mode, found.fits) == ("offload", False)
+    assert found.peak_bytes > 3 * GIB
+
+
+def test_a_name_is_obeyed() -> None:
+    assert decide(BF16, Work(HD), card(20.0), "resident").mode == "resident"
+    assert not decide(BF16, Work(HD), card(20.0), "resident").fits
+    assert decide(BF16, Work(HD), card(80.0), "offload").mode == "offload"
+    assert decide(BF16, Work(HD), Room(), "auto").mode == "resident", "a CPU has one memory"
+    with pytest.raises(JobError, match="unknown placement 'ofload'; what works: auto, resident, offload, sharded"):
+        check_name("ofload")
+
+
+def test_long_input_media_are_encoded_in_tiles() -> None:
+    found = decide(INT8, Work(HD, encoded_frames=121), card(9.0))
+    assert found.encode_tiles[1] is not None and found.degraded
+    assert found.fits
+    assert decide(INT8, Work(HD, encoded_frames=1), card(9.0)).encode_tiles == ()
+
+
+# several GPUs
+
+
+def test_blocks_are_dealt_where_there_is_room() -> None:
+    pair = Room(15 * GIB, (15 * GIB,))
+    found = decide(BF16, Work(one_pass(704, 1216, 121)), pair, "sharded")
+    assert sum(found.shards) == 48 and found.fits
+    assert decide(BF16, Work(one_pass(704, 1216, 121)), Room(25 * GIB, (15 * GIB,)), "sharded").shards == (31, 17)
+    assert decide(BF16, Work(HD), Room(40 * GIB, (40 * GIB,))).mode == "sharded", "uncut, where one alone is not enough"
+    assert decide(BF16, Work(HD), Room(79 * GIB, (79 * GIB,))).mode == "resident"
+    assert not decide(BF16, Work(HD), Room(10 * GIB, (10 * GIB,)), "sharded").fits
+
+
+# out of memory
+
+
+def test_a_decode_steps_down_to_smaller_and_smaller_tiles() -> None:
+    work, strain, sides = Work(HD), Strain(), []
+    while True:
+        placed = decide(BF16, work, card(79.4), strain=strain)
+        assert placed.mode == "resident", "the denoising needs no change"
+        stepped = step_down(strain, "decode", placed, work)
+        if stepped is None:
+            break
+        strain = stepped
+        tiles = decide(BF16, work, card(79.4), strain=strain).decode_tiles
+        assert tiles is not None
+        sides.append(tiles.pixels)
+    assert sides == sorted(sides, reverse=True) and len(sides) > 3
+    assert sides[0] <= 896 * 1600 / 2
+
+
+def test_other_stages_step_down_one_placement_at_a_time() -> None:
+    work, strain = Work(HD), Strain()
+    seen: list[Placement] = []
+    while strain is not None:
+        seen.append(decide(INT8, work, card(40), strain=strain))
+        stepped = step_down(strain, "denoise", seen[-1], work)
+        if stepped is None:
+            break
+        strain = stepped
+    assert [placed.mode for placed in seen] == ["resident", "offload", "offload", "offload"]
+    assert [placed.passes[0].kept_blocks for placed in seen] == [48, 48, 0, 0]
+    assert [placed.passes[0].chunk_tokens for placed in seen] == [None, None, None, memory.CHUNK_TOKENS]
+    assert "memory ran out" in seen[-1].reason
+    peaks = [placed.peak_bytes for placed in seen[1:]]
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_needs_bound_what_is_decided() -> None:
+    most, least = needs(INT8, Work(HD))
+    assert decide(INT8, Work(HD), Room(int(1.1 * most))).mode == "resident"
+    assert decide(INT8, Work(HD), Room(int(1.1 * least))).fits
+    assert not decide(INT8, Work(HD), Room(int(0.9 * least))).fits
+
+
+def test_a_placement_is_decided_without_torch() -> None:
+    script = "import sys, ltx_batch.model.placement; print('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert json.loads(result.stdout.lower()) is False
