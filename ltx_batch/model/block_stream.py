@@ -1,0 +1,138 @@
+"""Blocks that run one after the other, with room on the device for some of them: the others come from host memory.
+
+Two slots hold those that come: while one works, the next is copied into the other, on a stream of its own. Blocks that stay
+are spread evenly, so that every copy has as much time as there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ltx_batch.model.packed import Packed
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A place on the device for a block. `filled` and `used` are events on a GPU: the copy is there; its work is done."""
+
+    buffer: torch.Tensor
+    block: int | None = None
+    filled: Any = None
+    used: Any = None
+
+
+class BlockStream:
+    """Takes the tensors of `blocks` over into host memory. Before the first forward `keep` says how many stay on the device.
+
+    Forward hooks do the rest, so the blocks may be of any kind, but their order in a forward must not change. A block
+    that is compiled is compiled by its `forward`, which leaves the hooks outside.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
+        self._device = device
+        self._packs = [Packed(block, device) for block in blocks]
+        self._blocks = list(blocks)
+        self._staying: dict[int, torch.Tensor] = {}
+        self._slots: list[_Slot] = []
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        for index, block in enumerate(blocks):
+            block.register_forward_pre_hook(lambda *_, index=index: self._before(index))
+            block.register_forward_hook(lambda *_, index=index: self._after(index))
+
+    @property
+    def block_bytes(self) -> int:
+        return max(pack.size_bytes for pack in self._packs)
+
+    @property
+    def held_bytes(self) -> int:
+        """What lies on the device."""
+        buffers = [*self._staying.values(), *(slot.buffer for slot in self._slots)]
+        return sum(buffer.numel() for buffer in buffers)
+
+    def keep(self, count: int) -> None:
+        """Have `count` blocks stay on the device, and two slots for the others."""
+        staying = _spread(len(self._packs), count)
+        wanted = 2 if len(staying) < len(self._packs) else 0
+        if staying == self._staying.keys() and len(self._slots) == wanted:
+            return
+        self.leave(count)
+        for index in sorted(staying - self._staying.keys()):
+            pack = self._packs[index]
+            buffer = self._allocate(pack.size_bytes)
+            buffer.copy_(pack.host, non_blocking=True)
+            pack.point_at(buffer)
+            self._staying[index] = buffer
+        self._slots = [self._make_slot() for _ in range(wanted)]
+
+    def leave(self, staying: int = 0) -> None:
+        """Give the device back, the slots with it; of blocks that stay now, those stay that `staying` blocks would have
+        among them. No forward before the next `keep`."""
+        chosen = _spread(len(self._packs), staying)
+        self._staying = {index: buffer for index, buffer in self._staying.items() if index in chosen}
+        for index, pack in enumerate(self._packs):
+            if index not in self._staying:
+                pack.point_at(pack.host)
+        if self._copies is not None:  # a copy ahead may still write to a slot
+            torch.cuda.current_stream(self._device).wait_stream(self._copies)
+        self._slots = []
+
+    def repack(self) -> None:
+        """Take over what has been added to the blocks or taken from them since."""
+        self.leave()
+        self._packs = [Packed(block, self._device) for block in self._blocks]
+
+    def _before(self, index: int) -> None:
+        if index in self._staying:
+            return
+        slot = next((slot for slot in self._slots if slot.block == index), None) or self._fetch(index)
+        if self._copies is not None:
+            torch.cuda.current_stream(self._device).wait_event(slot.filled)
+        self._packs[index].point_at(slot.buffer)
+        following = self._following(index)
+        if all(slot.block != following for slot in self._slots):
+            self._fetch(following, beside=slot)
+
+    def _after(self, index: int) -> None:
+        for slot in self._slots:
+            if slot.block == index and slot.used is not None:
+                slot.used.record(torch.cuda.current_stream(self._device))
+
+    def _following(self, index: int) -> int:
+        """The next block that comes; after the last one the first, for the next forward."""
+        count = len(self._packs)
+        later = ((index + step) % count for step in range(1, count + 1))
+        return next(block for block in later if block not in self._staying)
+
+    def _fetch(self, index: int, beside: _Slot | None = None) -> _Slot:
+        slot = next(slot for slot in self._slots if slot is not beside)
+        slot.block = index
+        host = self._packs[index].host
+        if self._copies is None:
+            slot.buffer[: len(host)].copy_(host)
+            return slot
+        with torch.cuda.stream(self._copies):
+            self._copies.wait_event(slot.used)
+            slot.buffer[: len(host)].copy_(host, non_blocking=True)
+            slot.filled.record(self._copies)
+        return slot
+
+    def _make_slot(self) -> _Slot:
+        slot = _Slot(self._allocate(self.block_bytes))
+        if self._copies is not None:
+            slot.filled, slot.used = torch.cuda.Event(), torch.cuda.Event()
+            slot.used.record(torch.cuda.current_stream(self._device))  # what had that memory before is still at work
+        return slot
+
+    def _allocate(self, count: int) -> torch.Tensor:
+        with torch.inference_mode(False):
+            return torch.empty(count, dtype=torch.uint8, device=self._device)
+
+
+def _spread(count: int, chosen: int) -> set[int]:
+    """`chosen` of `count` indices, evenly apart."""
+    return {index for index in range(count) if (index + 1) * chosen // count > index * chosen // count}
