@@ -126,9 +126,9 @@ ROWS = (
         frame_rate=12.0,
     ),
     Demo("yellow circle down dark", "a yellow circle moves down on a dark background", height=160, width=96),
-    Demo("purple star up white", "a purple star shoots up over a white background", height=160, width=96),
+    Demo("purple star up white", "a large purple star flies up over a white background", height=160, width=96),
     Demo("red triangle right sand", "a red triangle walks to the right over a sand background", height=160, width=160),
-    Demo("green square down grey", "a big green square travels down over a grey background", height=256, width=160),
+    Demo("green square down grey", "a green square moves down over a grey background", height=256, width=160),
     Demo(
         "red square right dark",
         "a large red square moves right over a dark background",

@@ -30,12 +30,13 @@ from ltx_batch.renderer import LtxRenderer, resolve_checkpoint
 from ltx_batch.request import Prepared
 
 from . import captions, draw, world
+from .nets import DISTILLED_SIGMAS
 from .reader import Reading, read
 
 NUM_FRAMES = 17
 MAIN = (128, 128)
 SIZES = (MAIN, (64, 64), (160, 160), (160, 96), (96, 160), (160, 256), (256, 160), (256, 256), (192, 320), (320, 320))
-ATTRIBUTES = ("colour", "background", "direction", "shape")
+ATTRIBUTES = ("colour", "background", "direction", "shape", "whole")
 BATCH = 16
 # Nobody trained these: other sentence shapes, words that the captions have but never in this order.
 PHRASINGS = (
@@ -47,6 +48,9 @@ _SIMPLE_WAY = {name: name.replace("-", " and ") for name in world.DIRECTIONS}
 
 
 Size = tuple[int, int]  # height, width
+Expected = dict[str, str | bool]  # by attribute
+Schedule = dict[str, Any]  # fields of a RenderRequest
+DISTILLED: Schedule = {"timesteps": DISTILLED_SIGMAS, "guidance_scale": 1.0}  # as the official distilled models run
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class Case:
     """A prompt and what a clip of it must show."""
 
     prompt: str
-    expected: dict[str, str]
+    expected: Expected
     seed: int
 
 
@@ -84,7 +88,7 @@ def unseen_phrasing_cases(count: int, seed: int = 1) -> list[Case]:
     return cases
 
 
-def score(readings: Iterable[Reading], expected: Iterable[dict[str, str]]) -> dict[str, float]:
+def score(readings: Iterable[Reading], expected: Iterable[Expected]) -> dict[str, float]:
     """Share of the clips that show the right value, by attribute."""
     hits = [
         [getattr(reading, name) == truth[name] for name in ATTRIBUTES]
@@ -93,22 +97,30 @@ def score(readings: Iterable[Reading], expected: Iterable[dict[str, str]]) -> di
     return dict(zip(ATTRIBUTES, np.mean(hits, axis=0).round(4).tolist(), strict=True))
 
 
-def render_cases(renderer: LtxRenderer, cases: Sequence[Case], size: Size = MAIN) -> Iterator[NDArray[np.uint8]]:
-    """Frames of each case, in order."""
+def render_cases(
+    renderer: LtxRenderer, cases: Sequence[Case], size: Size = MAIN, schedule: Schedule | None = None
+) -> Iterator[NDArray[np.uint8]]:
+    """Frames of each case, in order, with the checkpoint's own schedule and guidance where no others are given."""
     rng = random.Random(2)
     for start in range(0, len(cases), BATCH):
         frame_rate = round(rng.uniform(*world.FRAME_RATES_HZ), 2)
         requests = [
-            _request(case.prompt, size, frame_rate=frame_rate, seed=case.seed) for case in cases[start : start + BATCH]
+            _request(case.prompt, size, frame_rate=frame_rate, seed=case.seed, **(schedule or {}))
+            for case in cases[start : start + BATCH]
         ]
         yield from (clip.frames for clip in renderer.render(requests))
 
 
 def judge_prompts(
-    renderer: LtxRenderer, cases: Sequence[Case], size: Size = MAIN, sheet: Path | None = None
+    renderer: LtxRenderer,
+    cases: Sequence[Case],
+    size: Size = MAIN,
+    *,
+    schedule: Schedule | None = None,
+    sheet: Path | None = None,
 ) -> dict[str, float]:
     """Share of clips that show what their prompt says, by attribute."""
-    frames = list(render_cases(renderer, cases, size))
+    frames = list(render_cases(renderer, cases, size, schedule))
     if sheet is not None:
         draw.contact_sheet(frames[:16], sheet)
     return {"clips": len(cases)} | score(map(read, frames), (case.expected for case in cases))
@@ -188,9 +200,9 @@ def _background(clip: torch.Tensor) -> torch.Tensor:
     return rows.view(3, 1, -1, 1).expand_as(clip)
 
 
-def _expected(names: captions.Names) -> dict[str, str]:
+def _expected(names: captions.Names) -> Expected:
     shape, colour, direction, background = names[:4]
-    return {"colour": colour, "background": background, "direction": direction, "shape": shape}
+    return {"colour": colour, "background": background, "direction": direction, "shape": shape, "whole": True}
 
 
 def _total() -> int:
@@ -207,6 +219,7 @@ def table(
     few = max(1, count // 16)
     return {
         "held_out_combinations": judge_prompts(renderer, held_out_cases(count), sheet=sheet),
+        "held_out_combinations_as_distilled": judge_prompts(renderer, held_out_cases(count), schedule=DISTILLED),
         "unseen_phrasings": judge_prompts(renderer, unseen_phrasing_cases(count // 2)),
         "held_out_combinations_by_size": {
             _name(size): judge_prompts(renderer, held_out_cases(few, seed=index), size)

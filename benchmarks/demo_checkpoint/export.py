@@ -11,7 +11,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from .fit_vae import load_vae
 from .loop import load
-from .nets import DISTILLED_SIGMAS, make_text_encoder, make_transformer, make_upsampler
+from .nets import GUIDANCE_SCALE, SIGMAS, make_text_encoder, make_transformer, make_upsampler
 
 MODEL_INDEX = {
     "_class_name": "LTXConditionPipeline",
@@ -22,10 +22,10 @@ MODEL_INDEX = {
     "vae": ["diffusers", "AutoencoderKLLTXVideo"],
 }
 PIPELINE_CONFIG = f"""\
-# The schedule the demo was trained on, under the names of the official files (LTX-Video, configs/ltxv-2b-0.9.8-distilled.yaml).
+# The demo's own schedule, under the names of the official files (LTX-Video, configs/ltxv-2b-0.9.8-distilled.yaml).
 pipeline_type: base
-timesteps: {list(DISTILLED_SIGMAS)}
-guidance_scale: 1
+timesteps: {list(SIGMAS)}
+guidance_scale: {GUIDANCE_SCALE}
 stg_scale: 0
 rescaling_scale: 1
 decode_timestep: 0.05

@@ -2,6 +2,7 @@
 
 Nothing here is learned. The background is fitted to the frame's edge, the shape is what differs from it, its colour is the
 nearest of the palette, its direction the way of its centroid, and its form the outline that covers the same pixels best.
+A torn or doubled shape can have all of these right, so that is read too.
 """
 
 from __future__ import annotations
@@ -22,16 +23,20 @@ _BACKGROUNDS = np.array(tuple(world.BACKGROUNDS.values()), dtype=np.float64)
 _LOOKS = 5  # frames whose outlines are compared
 _LEAST_CONTRAST = 20.0  # of 255: below this nothing is seen
 _LEAST_WAY = 0.05  # of the shorter side: a shape that moved less stands still
+_LEAST_AREA = 4.0  # pixels: below this a frame shows no shape
+_MOST_MISFIT = 0.5  # of the shape's area: outlines that fit no better are torn, doubled or half there
 
 
 @dataclass(frozen=True)
 class Reading:
-    """Names as in `world`; None where the clip shows no such thing."""
+    """Names as in `world`; None where the clip shows no such thing. `whole`: in every look there is one shape, no more
+    and no less, about as large as in the others."""
 
     shape: str | None
     colour: str | None
     direction: str | None
     background: str
+    whole: bool = False
 
 
 def read(frames: NDArray[np.uint8]) -> Reading:
@@ -49,11 +54,14 @@ def read(frames: NDArray[np.uint8]) -> Reading:
     colour = np.median(pixels[inside], axis=0)
     cover = np.clip(difference @ (colour - base) / np.sum((colour - base) ** 2), 0, 1)
     cover[distance < 0.2 * strongest] = 0
+    picks = np.linspace(0, len(cover) - 1, min(_LOOKS, len(cover))).round().astype(int)
+    misfits = np.stack([_misfits(frame) for frame in cover[picks]])
     return Reading(
-        shape=_shape(cover),
+        shape=_shape(misfits),
         colour=tuple(world.COLOURS)[_nearest(colour, _COLOURS)],
         direction=_direction(cover),
         background=background,
+        whole=_whole(misfits, cover[picks].sum(axis=(1, 2))),
     )
 
 
@@ -80,28 +88,39 @@ def _centroids(cover: NDArray[np.float64]) -> NDArray[np.float64]:
 def _direction(cover: NDArray[np.float64]) -> str | None:
     centres = _centroids(cover)
     quarter = max(1, len(centres) // 4)
-    way = np.nanmean(centres[-quarter:], axis=0) - np.nanmean(centres[:quarter], axis=0)
-    if not np.isfinite(way).all() or np.hypot(*way) < _LEAST_WAY * min(cover.shape[1:]):
+    first, last = centres[:quarter], centres[-quarter:]
+    if np.isnan(first).all() or np.isnan(last).all():
+        return None
+    way = np.nanmean(last, axis=0) - np.nanmean(first, axis=0)
+    if np.hypot(*way) < _LEAST_WAY * min(cover.shape[1:]):
         return None
     names, ways = tuple(world.DIRECTIONS), np.array(tuple(world.DIRECTIONS.values()))
     return names[int((ways @ way).argmax())]
 
 
-def _shape(cover: NDArray[np.float64]) -> str | None:
-    """The outline of equal area and centre that differs least, summed over a few frames."""
-    picks = np.linspace(0, len(cover) - 1, min(_LOOKS, len(cover))).round().astype(int)
-    errors = np.zeros(len(world.SHAPES))
-    for frame in cover[picks]:
-        area = frame.sum()
-        if area < 4:
-            return None
-        centre = _centroids(frame[None])[0]
-        for index, (unit_area, unit_y) in enumerate(_UNIT):
-            radius = math.sqrt(area / unit_area)
-            errors[index] += (
-                np.abs(_outline(index, radius, centre - (0, unit_y * radius), frame.shape) - frame).sum() / area
-            )
-    return world.SHAPES[int(errors.argmin())]
+def _misfits(frame: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How much of its area each outline of the frame's area and centre is off, [shapes]; infinite where nothing is seen."""
+    area = frame.sum()
+    if area < _LEAST_AREA:
+        return np.full(len(world.SHAPES), np.inf)
+    centre = _centroids(frame[None])[0]
+    found = []
+    for index, (unit_area, unit_y) in enumerate(_UNIT):
+        radius = math.sqrt(area / unit_area)
+        outline = _outline(index, radius, centre - (0, unit_y * radius), frame.shape)
+        found.append(np.abs(outline - frame).sum() / area)
+    return np.array(found)
+
+
+def _shape(misfits: NDArray[np.float64]) -> str | None:
+    """The outline that differs least, summed over the looks [looks, shapes]; None where one of them shows nothing."""
+    errors = misfits.sum(axis=0)
+    return world.SHAPES[int(errors.argmin())] if np.isfinite(errors).all() else None
+
+
+def _whole(misfits: NDArray[np.float64], areas: NDArray[np.float64]) -> bool:
+    steady = np.abs(np.log(np.maximum(areas, _LEAST_AREA) / np.median(areas))).max() < _MOST_MISFIT
+    return bool(steady and misfits.min(axis=1).max() < _MOST_MISFIT)
 
 
 def _outline(index: int, radius: float, centre: NDArray[np.float64], size: tuple[int, ...]) -> NDArray[np.float64]:

@@ -25,6 +25,7 @@ def test_the_reader_reads_what_was_drawn(height: int, width: int, frames: int) -
     clips = draw.to_uint8(draw.draw(drawn)[0]).numpy()
     truths = [world.combination_names(number)[:4] for number in drawn.combination.tolist()]
     found = [read(clip) for clip in clips]
+    assert all(reading.whole for reading in found)
     wrong = [
         (truth, reading)
         for truth, reading in zip(truths, found, strict=True)
@@ -36,6 +37,16 @@ def test_the_reader_reads_what_was_drawn(height: int, width: int, frames: int) -
 def test_the_reader_sees_no_shape_where_there_is_none() -> None:
     plain = np.full((17, 64, 64, 3), world.BACKGROUNDS["sand"], np.uint8)
     assert read(plain) == Reading(None, None, None, "sand")
+
+
+def test_a_shape_that_is_torn_doubled_or_gone_is_not_whole() -> None:
+    clip = draw.to_uint8(draw.draw(scenes(1, 128, 128, 17))[0]).numpy()[0]
+    gone = clip.copy()
+    doubled = np.where(np.abs(clip.astype(int) - clip[0, 0, 0]).sum(-1, keepdims=True) > 60, clip, clip[:, ::-1, ::-1])
+    gone[12:] = clip[0, 0, 0]
+    assert read(clip).whole
+    assert not read(doubled).whole
+    assert not read(gone).whole
 
 
 def test_a_shape_that_stands_still_has_no_direction() -> None:
