@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _SHOWN_SKIPPED = 20
 _LINE_EVERY_S = 10.0
+_LOG_COLUMNS = 140
 
 
 def quality(
@@ -70,7 +71,14 @@ def _print_found(found: RunsQuality, to: TextIO) -> None:
     told = as_dict(found)
     print(f"A {found.a.label} in {found.a.storage.uri}\nB {found.b.label} in {found.b.storage.uri}", file=to)
     if found.compared:
-        Console(file=to, highlight=False).print(_table(found), markup=False)
+        width = None if to.isatty() else _LOG_COLUMNS
+        Console(file=to, highlight=False, width=width).print(_table(found), markup=False)
+    if lossy := sorted({run.crf for run in (found.a, found.b) if run.crf}):
+        crf = " and ".join(map(str, lossy))
+        print(
+            f"note: encoded with crf {crf}, which adds differences of its own; render with video.crf=0 for small ones",
+            file=to,
+        )
     for name, cure in found.unavailable.items():
         print(f"{name} is not available: {cure}", file=to)
     beyond = f", {found.beyond_limit} beyond the limit" if found.beyond_limit else ""

@@ -30,7 +30,8 @@ _PIXELS_AT_ONCE = 2**20
 class Lpips:
     """The distance of frames, on the CPU. Raises CheckpointError where the weights are missing or not those published."""
 
-    def __init__(self, weights: Path = WEIGHTS) -> None:
+    def __init__(self, weights: Path | None = None) -> None:
+        weights = weights or WEIGHTS
         if not weights.is_file():
             raise CheckpointError(f"the weights of LPIPS are missing at {weights}; install ltx-batch again")
         found = hashlib.sha256(weights.read_bytes()).hexdigest()

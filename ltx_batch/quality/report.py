@@ -55,7 +55,7 @@ def write_report(found: RunsQuality, folder: str, *, pictures: int = MAX_PICTURE
         notes.append("no plot: matplotlib is not installed: pip install 'ltx-batch[quality]'")
     else:
         files.append(_write_plot(storage, found))
-    metric, worst = worst_first(found.rows)
+    metric, worst = worst_first(found)
     for number, row in enumerate(worst[:pictures], 1):
         files.append(f"worst/{number:02d}.png")
         storage.replace(files[-1], _png(_picture(found, row, metric)))
@@ -70,12 +70,12 @@ def _write_plot(storage: Storage, found: RunsQuality) -> str:
 
 
 def _picture(found: RunsQuality, row: RowQuality, metric: Metric) -> Image.Image:
-    assert row.quality is not None and row.pair.a is not None and row.pair.b is not None
+    assert row.quality is not None
     score = row.quality.score(metric.name)
     assert score is not None
     with (
-        local_video(found.a.storage, row.pair.a.values["ltx_video"]) as a,
-        local_video(found.b.storage, row.pair.b.values["ltx_video"]) as b,
+        local_video(found.a.storage, row.pair.videos[0]) as a,
+        local_video(found.b.storage, row.pair.videos[1]) as b,
     ):
         one, other = (read_media(path, num_frames=score.worst_frame + 1)[-1] for path in (a, b))
     place = f"{row.pair.name}, frame {score.worst_frame} of 0 to {row.quality.num_frames - 1}"

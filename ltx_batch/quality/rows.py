@@ -69,6 +69,12 @@ class Pair:
         return f"file {line.file} row {line.row}" if line.file else f"row {line.row}"
 
     @property
+    def videos(self) -> tuple[str, str]:
+        """Their names below A's and B's output, of a pair without a fault."""
+        assert self.a is not None and self.b is not None
+        return self.a.values["ltx_video"], self.b.values["ltx_video"]
+
+    @property
     def same_frames(self) -> bool | None:
         """Whether the frames were equal before they were encoded, by their hashes."""
         hashes = [line.values["ltx_frames_sha256"] for line in (self.a, self.b) if line is not None]

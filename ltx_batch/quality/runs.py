@@ -31,11 +31,12 @@ _Compare = Callable[[_Videos], Outcome]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A run of an output. `precision` is the one that it really had."""
+    """A run of an output. `precision` is the one that it really had, `crf` that of its videos: 0 is lossless."""
 
     storage: Storage
     name: str
     precision: str | None
+    crf: int | None
 
     @property
     def label(self) -> str:
@@ -119,7 +120,8 @@ def _find(output: str, wanted: str | None, side: str, options: Mapping[str, Any]
 
 def _run(ledger: Ledger, name: str) -> Run:
     described = ledger.read_run(name) or {}
-    return Run(ledger.storage, name, described.get("precision"))
+    video = described.get("recipe", {}).get("video", {})
+    return Run(ledger.storage, name, described.get("precision"), video.get("crf"))
 
 
 def _limited(pairs: Sequence[Pair], limit: int | None) -> list[Pair]:
@@ -135,18 +137,13 @@ def _limited(pairs: Sequence[Pair], limit: int | None) -> list[Pair]:
     return chosen
 
 
-def _videos_of(pair: Pair) -> _Videos:
-    assert pair.a is not None and pair.b is not None
-    return pair.a.values["ltx_video"], pair.b.values["ltx_video"]
-
-
 def _videos(pairs: Sequence[Pair]) -> list[_Videos]:
     """What there is to compare; equal rows share a video and are compared once."""
-    return list(dict.fromkeys(_videos_of(pair) for pair in pairs if pair.fault() is None))
+    return list(dict.fromkeys(pair.videos for pair in pairs if pair.fault() is None))
 
 
 def _settled(pair: Pair, outcomes: Mapping[_Videos, Outcome]) -> RowQuality:
-    outcome: Outcome = pair.fault() or outcomes[_videos_of(pair)]
+    outcome: Outcome = pair.fault() or outcomes[pair.videos]
     if isinstance(outcome, ClipQuality):
         return RowQuality(pair, outcome)
     reason, detail = outcome

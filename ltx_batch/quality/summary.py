@@ -56,15 +56,17 @@ def is_identical(row: RowQuality) -> bool:
     return row.quality is not None and row.quality.identical_frames == row.quality.num_frames
 
 
-def worst_first(rows: Sequence[RowQuality]) -> tuple[Metric, list[RowQuality]]:
-    """The rows that differ at all, the worst before the others: by LPIPS, or else by the first metric there is."""
-    different = [row for row in rows if row.quality is not None and not is_identical(row)]
-    for name in ("lpips", "ssim", "psnr"):
-        scored = [(score.mean, row) for row in different if row.quality and (score := row.quality.score(name))]
-        if scored:
-            break
-    metric = METRICS[name]
-    return metric, [row for _, row in sorted(scored, key=lambda each: each[0], reverse=not metric.higher_is_better)]
+def worst_first(found: RunsQuality) -> tuple[Metric, list[RowQuality]]:
+    """The rows that differ at all, the worst before the others: by LPIPS, or else by what there is. Of equal rows, which
+    share their videos, the first."""
+    metric = METRICS[next(name for name in ("lpips", "ssim", "psnr") if name not in found.unavailable)]
+    scored: dict[tuple[str, str], tuple[float, RowQuality]] = {}
+    for row in found.compared:
+        score = row.quality and row.quality.score(metric.name)
+        if score and not is_identical(row):
+            scored.setdefault(row.pair.videos, (score.mean, row))
+    ranked = sorted(scored.values(), key=lambda each: each[0], reverse=not metric.higher_is_better)
+    return metric, [row for _, row in ranked]
 
 
 def _aggregate(metric: Metric, rows: Sequence[RowQuality]) -> Aggregate | None:
@@ -87,4 +89,4 @@ def _aggregate(metric: Metric, rows: Sequence[RowQuality]) -> Aggregate | None:
 
 
 def _described(run: Run) -> dict[str, Any]:
-    return {"output": run.storage.uri, "run": run.name, "precision": run.precision}
+    return {"output": run.storage.uri, "run": run.name, "precision": run.precision, "crf": run.crf}

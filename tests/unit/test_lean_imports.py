@@ -59,12 +59,12 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_loads_little() -> None:
     loaded, printed = heavy_after("--help", watched=(*HEAVY, "pyarrow", "tokenizers"))
     assert loaded == []
-    for verb in ("render", "run", "validate", "plan", "status", "retry", "report", "encode", "enhance"):
+    for verb in ("render", "run", "validate", "plan", "status", "retry", "report", "quality", "encode", "enhance"):
         assert verb in printed
 
 
 @pytest.mark.parametrize(
-    "verb", ["render", "run", "validate", "plan", "status", "retry", "report", "encode", "enhance"]
+    "verb", ["render", "run", "validate", "plan", "status", "retry", "report", "quality", "encode", "enhance"]
 )
 def test_help_of_every_verb_loads_little(verb: str) -> None:
     loaded, printed = heavy_after(verb, "--help", watched=(*HEAVY, "pyarrow", "tokenizers"))
