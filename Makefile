@@ -21,7 +21,7 @@ demo: $(READY) ## render manifests/demo.parquet with the model that ships, into 
 	@$(BIN)/ltx-batch report jobs/demo.yaml
 
 test: $(READY) ## every test but the slow ones and those that need a GPU
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(READY) ## the kill matrix on local disk and S3
 	@$(BIN)/python -m pytest -m slow
