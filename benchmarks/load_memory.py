@@ -60,7 +60,7 @@ def measure(places: Sequence[str]) -> list[dict[str, Any]]:
 
 def _peak(load: Callable[[], list[Any]]) -> tuple[float, float]:
     """MB of weights, and of memory beyond what was held before."""
-    from ltx_batch.model.pipeline import weights_bytes
+    from ltx_batch.model.measure import weights_bytes
 
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)

@@ -13,6 +13,7 @@
     │   ├── LoraError         a LoRA file that is missing, unreadable, not what was hashed, or not of this model
     │   ├── InvalidRow        a manifest row that breaks a rule (only with --skip-invalid)
     │   ├── EncodeError       the video could not be written
+    │   ├── NotFinite         the model's numbers overflowed: another attempt renders without quantisation
     │   ├── RowTimeout        the row made no progress for too long
     │   └── WorkerDied        the row's process ended under it
     └── RunStopped            the run ended before its last row (exit code 3)
@@ -112,6 +113,10 @@ class InvalidRow(RowError):
 
 
 class EncodeError(RowError):
+    pass
+
+
+class NotFinite(RowError):
     pass
 
 

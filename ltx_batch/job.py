@@ -58,6 +58,9 @@ class ModelSpec(_Section):
     )
     precision: Precision = "auto"
     placement: Placement = "auto"
+    device_memory_gib: float | None = Field(
+        None, gt=0, description="memory that one worker may use of each of its GPUs, GiB; None: what is free"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     llm_int8_threshold: float = Field(
         0.0, ge=0, description="bnb-int8 only: outlier threshold; 0 turns the decomposition off"

@@ -15,6 +15,7 @@ from ltx_batch.lora import Shapes
 from ltx_batch.model.frames import load_media
 from ltx_batch.model.layers import transformer_layers
 from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config
+from ltx_batch.model.placement import check_name
 from ltx_batch.model.plan import Plan, plan_request
 from ltx_batch.model.quantize import policy
 from ltx_batch.model.sigmas import SchedulerConfig
@@ -162,6 +163,7 @@ def load_renderer(
     upsampler: str | None = None,
     text_encoder: str | None = None,
     placement: str = "auto",
+    device_memory_gib: float | None = None,
     condition_preprocess: str | None = None,
     llm_int8_threshold: float = 0.0,
     skip_modules: Sequence[str] = (),
@@ -177,14 +179,14 @@ def load_renderer(
     holds, else the official base defaults. `text_encoder` and `upsampler` name what the checkpoint has not, or what takes
     the place of its own: see `find_sources`. A text encoder that is not named and cannot be had is missed when a text is
     first encoded, and never where embeddings are given. `condition_preprocess` is none or official; None: what `resolve_preprocess`
-    says. `torch_threads` pins torch's CPU threads, on which pixels hang; `options` are fsspec options for URIs.
+    says. `placement` is auto, resident, offload or sharded, `device_memory_gib` how much of each GPU may be used. `torch_threads` pins torch's CPU threads, on which pixels hang; `options` are fsspec options for URIs.
     `text_cache` is a folder or URI of embeddings, which are read from it and, with `text` inline, added to it; with
     `text` precomputed no text encoder is ever loaded. `text_fingerprint` spares hashing its files: see
     `encoder_fingerprint`. Raises CheckpointError, PrecisionError or JobError before any weight is loaded, where it can.
     """
     check_built(precision, placement, condition_preprocess)
-    from ltx_batch.model.load import load_pipeline
     from ltx_batch.model.device import pick_device, use_threads
+    from ltx_batch.model.load import load_pipeline
     from ltx_batch.model.text_cache import open_text_cache
 
     if torch_threads is not None:
@@ -204,6 +206,8 @@ def load_renderer(
         text=_local_text(sources, text_encoder, options) if text == "inline" else None,
         upsampler=sources.local_upsampler(options),
         text_cache=cache,
+        placement=placement,
+        memory_gib=device_memory_gib,
     )
     pipeline.check(config)
     preprocess = resolve_preprocess(condition_preprocess, config if pipeline_config is not None else None)
@@ -312,10 +316,7 @@ def layers_of(model: ModelSpec, options: Mapping[str, Any] | None = None) -> Sha
 def check_built(precision: str, placement: str, condition_preprocess: str | None) -> None:
     """Raises JobError or PrecisionError for a value that has a name but no code yet, before anything is started."""
     policy.resolve_name(precision, "cpu")
-    if placement not in ("auto", "resident"):
-        known = placement in ("offload", "sharded")
-        fault = f"placement {placement} is not built yet" if known else f"unknown placement {placement!r}"
-        raise JobError(f"{fault}; what works: auto, resident")
+    check_name(placement)
     if condition_preprocess not in (None, "none", "official"):
         raise JobError(f"unknown condition_preprocess {condition_preprocess!r}; what works: none, official")
 

@@ -215,6 +215,7 @@ def open_renderer(plan: WorkerPlan) -> Renderer:
         upsampler=model.upsampler,
         text_encoder=model.text_encoder,
         placement=model.placement,
+        device_memory_gib=model.device_memory_gib,
         condition_preprocess=plan.job.condition_preprocess,
         llm_int8_threshold=model.llm_int8_threshold,
         skip_modules=model.skip_modules,

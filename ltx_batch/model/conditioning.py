@@ -7,7 +7,8 @@ not here), and the rest replaces noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from ltx_batch.model.latents import from_tokens, normalize, to_tokens, token_coo
 from ltx_batch.model.noise import Noise, draw_rows
 from ltx_batch.model.plan import TEMPORAL, PassPlan
 from ltx_batch.model.preprocess import ConditionItem
+from ltx_batch.model.tiles import Tiles
 
 _PREFIX = 2  # latent frames of a later sequence that become extra tokens
 
@@ -47,11 +49,12 @@ def start_tokens(
     *,
     begin: torch.Tensor | None = None,
     causal: bool = True,
+    device: torch.device | None = None,
 ) -> Tokens:
     """Noise, or `begin` (normalised latents fp32 [B, C, F, H, W]) at the pass's first noise level, with each row's
     conditions placed in it. Rows have equally many items of equal frames, starts and strengths; `causal` as in
     `token_coords`."""
-    size, device = plan.latent_size, vae.device
+    size, device = plan.latent_size, device or vae.device
     noise = draw_rows(noises, f"{plan.name}.init", (plan.tokens, channels), device)
     if begin is not None:
         noise = plan.sigmas[0] * noise + (1 - plan.sigmas[0]) * to_tokens(begin)
@@ -64,7 +67,9 @@ def start_tokens(
     extra: list[Tokens] = []
     for index, items in enumerate(zip(*rows, strict=True)):
         start, strength = items[0].start_frame, items[0].strength
-        media = encode_media([item.pixels for item in items], plan, noises, f"{plan.name}.vae_sample.{index}", vae)
+        media = encode_media(
+            [item.pixels for item in items], plan, noises, f"{plan.name}.vae_sample.{index}", vae, device
+        )
         free = 0 if start == 0 else 1 if media.shape[2] == 1 else _PREFIX
         if media.shape[2] > free:
             # `free` latent frames at the front are not placed in the clip itself.
@@ -78,17 +83,42 @@ def start_tokens(
 
 
 def encode_media(
-    media: Sequence[torch.Tensor], plan: PassPlan, noises: Sequence[Noise], name: str, vae: Any
+    media: Sequence[torch.Tensor],
+    plan: PassPlan,
+    noises: Sequence[Noise],
+    name: str,
+    vae: Any,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """Pixels fp32 [1, 3, F, H, W] of each row, brought to the pass's size, to normalised latents fp32 [B, C, F, H, W],
     sampled from what the VAE says of them."""
+    device = device or vae.device
     found = []
     for pixels, noise in zip(media, noises, strict=True):
-        sized = resize(pixels.to(vae.device), plan.height, plan.width)
+        sized = resize(pixels.to(device), plan.height, plan.width)
         distribution = vae.encode(sized.to(vae.dtype)).latent_dist
         mean, deviation = distribution.mean.float(), distribution.std.float()
-        found.append(mean + deviation * noise(name, tuple(mean.shape)).to(vae.device))
+        found.append(mean + deviation * noise(name, tuple(mean.shape)).to(device))
     return normalize(torch.cat(found), vae)
+
+
+@contextmanager
+def in_tiles(vae: Any, tiles: Tiles | None) -> Iterator[None]:
+    """Within it, `vae.encode` works tile by tile, as diffusers does it."""
+    if tiles is None:
+        yield
+        return
+    step = (tiles.height - tiles.overlap, tiles.width - tiles.overlap)
+    vae.enable_tiling(
+        tile_sample_min_height=tiles.height,
+        tile_sample_min_width=tiles.width,
+        tile_sample_stride_height=step[0],
+        tile_sample_stride_width=step[1],
+    )
+    try:
+        yield
+    finally:
+        vae.disable_tiling()
 
 
 def resize(video: torch.Tensor, height: int, width: int) -> torch.Tensor:

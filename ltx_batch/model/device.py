@@ -6,6 +6,7 @@ import torch
 
 from ltx_batch.errors import JobError
 from ltx_batch.model.memory import CONTEXT_BYTES, GIB
+from ltx_batch.model.placement import Room
 
 
 def pick_device(name: str) -> torch.device:
@@ -29,6 +30,15 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
+def gpus(device: torch.device) -> list[torch.device]:
+    """`device`, and all other GPUs of this process after it."""
+    if device.type != "cuda":
+        return [device]
+    first = torch.cuda.current_device() if device.index is None else device.index
+    others = [number for number in range(torch.cuda.device_count()) if number != first]
+    return [torch.device("cuda", number) for number in (first, *others)]
+
+
 def free_bytes(device: torch.device) -> int | None:
     """What can still be allocated on a GPU, with what torch keeps for itself; None on a CPU.
 
@@ -43,12 +53,29 @@ def free_bytes(device: torch.device) -> int | None:
     return max(0, min(driver_free + kept, allowed))
 
 
-def limit_memory(device: torch.device, limit_gib: float) -> None:
-    """Have this process use no more of a GPU than `limit_gib`, its context included. Raises JobError where that is less
-    than a context takes."""
-    limit_bytes = int(limit_gib * GIB) - CONTEXT_BYTES
+def room(device: torch.device, memory_gib: float | None, held_bytes: int = 0) -> Room:
+    """What may be used of the device and of this process's other GPUs by parts that hold `held_bytes` of it now. On a CPU
+    that is `memory_gib`, where it is given."""
+    if device.type != "cuda":
+        return Room(None if memory_gib is None else int(memory_gib * GIB))
+    first, *others = (free_bytes(gpu) or 0 for gpu in gpus(device))
+    return Room(first + held_bytes, tuple(others))
+
+
+def limit_memory(device: torch.device, memory_gib: float) -> None:
+    """Have this process use no more than `memory_gib` of each of its GPUs, its context included. Raises JobError where
+    that is less than a context takes."""
+    if device.type != "cuda":
+        return
+    limit_bytes = int(memory_gib * GIB) - CONTEXT_BYTES
     if limit_bytes <= 0:
-        raise JobError(f"device_memory_gib {limit_gib:g} is less than a process takes before it holds anything")
+        raise JobError(f"device_memory_gib {memory_gib:g} is less than a process takes before it holds anything")
+    for gpu in gpus(device):
+        total = torch.cuda.get_device_properties(gpu).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), gpu)
+
+
+def give_back(device: torch.device) -> None:
+    """Have the driver get back what torch keeps of memory that nothing uses."""
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), device)
+        torch.cuda.empty_cache()

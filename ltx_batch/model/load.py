@@ -6,11 +6,17 @@ from pathlib import Path
 
 import torch
 
-from ltx_batch.errors import CheckpointError
+from ltx_batch.errors import CheckpointError, JobError
 from ltx_batch.model.checkpoint import load_checkpoint
+from ltx_batch.model.device import gpus, limit_memory, room
+from ltx_batch.model.parts import open_checkpoint
 from ltx_batch.model.pipeline import LtxPipeline
+from ltx_batch.model.placement import first_mode
 from ltx_batch.model.quantize.policy import Precision
+from ltx_batch.model.sizes import sizes_of
 from ltx_batch.model.text_cache import TextCache
+
+_CPU = torch.device("cpu")
 
 
 def load_pipeline(
@@ -21,16 +27,35 @@ def load_pipeline(
     text: Path | CheckpointError | None,
     upsampler: Path | None = None,
     text_cache: TextCache | None = None,
+    placement: str = "auto",
+    memory_gib: float | None = None,
 ) -> LtxPipeline:
     """`checkpoint` and `upsampler` are folders or files. `text` is the folder with text_encoder/ and tokenizer/, or what
-    to raise when one is missed, or None where none is to be used. Raises CheckpointError."""
+    to raise when one is missed, or None where none is to be used. `memory_gib` limits what is used of a GPU.
+
+    Parts that may not stay on the device are loaded into host memory. Raises CheckpointError and JobError.
+    """
+    if placement == "sharded" and len(gpus(device)) < 2:
+        raise JobError("placement sharded wants several GPUs in one worker: set worker.num_gpus to 2 or more")
+    if memory_gib is not None:
+        limit_memory(device, memory_gib)
+    sizes = sizes_of(open_checkpoint(checkpoint, upsampler=upsampler), policy)
+    home = device if first_mode(sizes, room(device, memory_gib), placement) == "resident" else _CPU
     parts = load_checkpoint(
         checkpoint,
         getattr(torch, policy.dtype),
         text_encoder=text if isinstance(text, Path) else None,
         upsampler=upsampler,
         with_text=isinstance(text, Path),
-        device=device if policy.quantize is None else torch.device("cpu"),
+        device=home if policy.quantize is None else _CPU,
     )
-    missed = text if isinstance(text, CheckpointError) else None
-    return LtxPipeline(parts, policy, device, text_missed=missed, text_cache=text_cache)
+    return LtxPipeline(
+        parts,
+        policy,
+        device,
+        placement=placement,
+        home=home,
+        memory_gib=memory_gib,
+        text_missed=text if isinstance(text, CheckpointError) else None,
+        text_cache=text_cache,
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -164,8 +165,16 @@ class LoraHandle:
 class LoraSwitch:
     """Which LoRA files are on a transformer; rows of one set follow each other, so a change is rare."""
 
-    def __init__(self, transformer: nn.Module, device: torch.device, options: Mapping[str, Any] | None = None) -> None:
-        self._transformer, self._device = transformer, device
+    def __init__(
+        self,
+        transformer: nn.Module,
+        device: torch.device,
+        options: Mapping[str, Any] | None = None,
+        *,
+        changing: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Layers are changed within `changing()`."""
+        self._transformer, self._device, self._changing = transformer, device, changing
         self._cache = LoraCache(options)
         self._on: tuple[tuple[str | None, float], ...] = ()
         self._handle = LoraHandle([])
@@ -181,7 +190,7 @@ class LoraSwitch:
         wanted = tuple((lora.sha256, lora.weight32) for lora in loras)
         if wanted == self._on:
             return
-        with watch.stage("lora"):
+        with watch.stage("lora"), self._changing():
             self.clear()
             self._handle = apply_loras(self._transformer, [load_adapter(lora) for lora in loras], self._device)
             self._on = wanted

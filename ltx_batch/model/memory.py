@@ -21,8 +21,9 @@ _ROTARY = 8.0
 _ROW = {"fp32": 49.0, "bf16": 25.5, "int8": 25.5, "int8-weight": 25.5, "fp8": 25.5, "bnb-int8": 41.0}
 # Given tokens have noise levels of their own, and so each token its six modulations, twice at the peak.
 _LEVELS = 13.0  # times the bytes of a number
-# In chunks of tokens there are no tables, and of queries, keys, values and the feed-forward no copies.
-_ROW_IN_CHUNKS = {2: 14.7, 4: 29.0}
+# In chunks of tokens: the peak is then in a norm, or where a chunk is worked on beside what waits. Counted only.
+_ROW_IN_CHUNKS = {2: 16.7, 4: 28.6}
+_WAITING = 4.2  # times the bytes of a number
 # Of a VAE, bytes a pixel for each byte of a number. The encoder's were counted only.
 _DECODE, _ENCODE = 51.5, 61.0
 _VIDEO = 3  # channels of a decoded pixel
@@ -67,17 +68,14 @@ class Work:
 
 def denoise_bytes(sizes: ModelSizes, one: PassPlan, work: Work, *, chunked: bool = False) -> int:
     """Activations of a pass's largest call."""
-    asked = max(guidance.rows for guidance in one.guidance) * work.rows
-    row = _ROW_IN_CHUNKS[sizes.number_bytes] if chunked else _ROW[sizes.precision]
-    levels = _LEVELS * sizes.number_bytes if work.conditioned else 0.0
-    shared = 0.0 if chunked else _ROTARY
-    beside = _chunk_bytes(sizes, asked) if chunked else 0
-    return int(one.tokens * sizes.channels * (shared + asked * (row + levels))) + beside
-
-
-def _chunk_bytes(sizes: ModelSizes, rows: int) -> int:
-    """What one chunk takes while it is worked on."""
-    return int(CHUNK_TOKENS * sizes.channels * (_ROTARY + rows * _ROW[sizes.precision]))
+    rows = max(guidance.rows for guidance in one.guidance) * work.rows
+    whole = one.tokens * sizes.channels
+    levels = whole * rows * _LEVELS * sizes.number_bytes if work.conditioned else 0.0
+    if not chunked:
+        return int(whole * (_ROTARY + rows * _ROW[sizes.precision]) + levels)
+    chunk = CHUNK_TOKENS * sizes.channels * rows * _ROW[sizes.precision]
+    waiting = whole * rows * _WAITING * sizes.number_bytes
+    return int(max(whole * rows * _ROW_IN_CHUNKS[sizes.number_bytes], waiting + chunk) + levels)
 
 
 def decode_bytes(sizes: ModelSizes, pixels: int) -> int:
@@ -88,6 +86,11 @@ def decode_bytes(sizes: ModelSizes, pixels: int) -> int:
 def seam_bytes(sizes: ModelSizes, one: PassPlan, overlap: int) -> int:
     """What a tiled decode keeps on the device of tiles that are done: the edges that their neighbours blend with."""
     return 2 * overlap * (one.height + one.width) * one.num_frames * _VIDEO * sizes.number_bytes
+
+
+def video_bytes(sizes: ModelSizes, one: PassPlan) -> int:
+    """A decoded video as the VAE gives it."""
+    return _VIDEO * sizes.number_bytes * one.num_frames * one.height * one.width
 
 
 def encode_bytes(sizes: ModelSizes, pixels: int, frames: int) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,9 +66,10 @@ class Packed:
     the computing.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, *, without: Sequence[nn.Module] = ()) -> None:
+        """`without` are modules inside of `module` that are no part of the pack."""
         with torch.inference_mode(False):
-            self._entries, self.size_bytes = _lay_out(module)
+            self._entries, self.size_bytes = _lay_out(module, without)
             self.host = torch.empty(self.size_bytes, dtype=torch.uint8)
             if device.type == "cuda":
                 _lock_pages(self.host)
@@ -93,9 +94,10 @@ class Packed:
         self._at = buffer
 
 
-def _lay_out(module: nn.Module) -> tuple[list[_Entry], int]:
+def _lay_out(module: nn.Module, without: Sequence[nn.Module]) -> tuple[list[_Entry], int]:
     shared: dict[tuple[Any, ...], list[_Place]] = {}
-    for place in _places(module):
+    left_out = {id(inner) for outer in without for inner in outer.modules()}
+    for place in _places(layer for layer in module.modules() if id(layer) not in left_out):
         tensor = place.get()
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
         shared.setdefault(key if tensor.numel() else (id(place),), []).append(place)
@@ -109,8 +111,8 @@ def _lay_out(module: nn.Module) -> tuple[list[_Entry], int]:
     return entries, start
 
 
-def _places(module: nn.Module) -> Iterator[_Place]:
-    for layer in module.modules():
+def _places(layers: Iterable[nn.Module]) -> Iterator[_Place]:
+    for layer in layers:
         if type(layer).__name__ == "Linear8bitLt":
             yield from _bitsandbytes_places(layer)
         for parameter in layer._parameters.values():

@@ -4,30 +4,35 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, NoReturn, TypeVar
 
 import torch
-from torch import nn
 
-from ltx_batch.errors import CheckpointError
+from ltx_batch.errors import CheckpointError, NotFinite
+from ltx_batch.model.attention import use_kernel
 from ltx_batch.model.checkpoint import Checkpoint
-from ltx_batch.model.conditioning import encode_media, start_tokens
+from ltx_batch.model.chunks import in_chunks
+from ltx_batch.model.conditioning import encode_media, in_tiles, start_tokens
 from ltx_batch.model.decode import decode_row
 from ltx_batch.model.denoise import denoise_pass
-from ltx_batch.model.device import device_name
+from ltx_batch.model.device import device_name, give_back, room
 from ltx_batch.model.latents import from_tokens
+from ltx_batch.model.lodging import Lodging
 from ltx_batch.model.lora import LoraSwitch
+from ltx_batch.model.measure import measure, weights_bytes
+from ltx_batch.model.memory import Work
 from ltx_batch.model.noise import Noise
 from ltx_batch.model.pipeline_config import PipelineConfig
+from ltx_batch.model.placement import Placement, Room
+from ltx_batch.model.placing import Placing
 from ltx_batch.model.plan import PassPlan, Plan
 from ltx_batch.model.preprocess import ConditionItem
-from ltx_batch.model.quantize.bnb import quantize_blocks, scale_bytes
+from ltx_batch.model.quantize.bnb import quantize_blocks
 from ltx_batch.model.quantize.policy import Precision
-from ltx_batch.model.room import working_bytes
 from ltx_batch.model.sigmas import SchedulerConfig
 from ltx_batch.model.text import Text, TextEncoder
 from ltx_batch.model.text_cache import TextCache
@@ -60,13 +65,15 @@ class Rendered(Generic[Frames]):
 
 @dataclass(slots=True)
 class Stopwatch:
-    """Seconds by stage; a GPU is waited for at the end of each stage, and nowhere else."""
+    """Seconds by stage; a GPU is waited for at the end of each stage, and nowhere else. `at` is the last that began."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
+    at: str = ""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        self.at = name
         started_s = time.perf_counter()
         yield
         if self.device.type == "cuda":
@@ -83,38 +90,42 @@ class LtxPipeline:
         policy: Precision,
         device: torch.device,
         *,
+        placement: str = "auto",
+        home: torch.device | None = None,
+        memory_gib: float | None = None,
         text_missed: CheckpointError | None = None,
         text_cache: TextCache | None = None,
     ) -> None:
-        """Takes `parts` over: they are quantised as `policy` says and moved to `device`, where they may lie already.
-        `text_missed` is what to raise when parts have no text encoder and one is asked for."""
+        """Takes `parts` over: they are quantised as `policy` says and lie at `home`, by default on the device, until the
+        first plan and `placement` decide how they live. `memory_gib` is what may be used of the device. `text_missed` is
+        what to raise when parts have no text encoder and one is asked for."""
         if policy.name == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in the VAE's convolutions too
+        home = home or device
         quantized: dict[str, Any] = {}
         if policy.quantize == "bnb-int8":
-            quantized = quantize_blocks(parts.transformer, policy, device)
+            quantized = quantize_blocks(parts.transformer, policy, home)
         self.device = device
         self.scheduler: SchedulerConfig = parts.scheduler
         self._causal, self._timestep_scale = parts.causal_positions, parts.timestep_scale
-        self.transformer = parts.transformer.to(device)
-        self.loras = LoraSwitch(self.transformer, device)
-        self.vae = parts.vae.to(device)
-        self.latent_upsampler = None if parts.latent_upsampler is None else parts.latent_upsampler.to(device)
-        modules = {
-            "transformer": self.transformer,
-            "vae": self.vae,
-            "latent_upsampler": self.latent_upsampler,
-        }
+        self.transformer, self.vae = parts.transformer.to(home), parts.vae.to(home)
+        self.latent_upsampler = None if parts.latent_upsampler is None else parts.latent_upsampler.to(home)
+        self.attention = use_kernel(self.transformer)
+        self.lodging = Lodging(device, self.transformer, self.vae, self.latent_upsampler)
+        self.loras = LoraSwitch(self.transformer, device, changing=self.lodging.changing_layers)
+        sizes = measure(self.transformer, self.vae, self.latent_upsampler, policy.name)
+        self.placing = Placing(sizes, partial(self._room, memory_gib), placement, device)
+        modules = {"transformer": self.transformer, "vae": self.vae, "latent_upsampler": self.latent_upsampler}
         self.weights_bytes: Mapping[str, int] = {name: weights_bytes(part) for name, part in modules.items() if part}
         self.turns: Turns | None = None
         if parts.text is not None:
             self.weights_bytes |= {"text_encoder": parts.text.weights_bytes}
-            others = [part for part in modules.values() if part is not None]
             load = partial(TextEncoder.load, parts.text)
-            self.turns = Turns(device, load, parts.text.weights_bytes, others, movable=policy.quantize is None)
+            movable = policy.quantize is None
+            self.turns = Turns(device, load, parts.text.weights_bytes, self.lodging, movable=movable)
         encoder = None if text_missed is None else partial(_missed, text_missed)
         self.text = TextSource(device, encoder=encoder if self.turns is None else self.turns.encoder, cache=text_cache)
-        self.ran = {
+        self.ran: dict[str, Any] = {
             "precision": policy.name,
             "device": device_name(device),
             "dtype": policy.dtype,
@@ -146,56 +157,93 @@ class LtxPipeline:
 
     @torch.inference_mode()
     def render(
-        self, plan: Plan, rows: Sequence[Row], watch: Stopwatch, finish: Callable[[torch.Tensor], Frames]
+        self, plan: Plan, rows: Sequence[Row], watch: Stopwatch, finish: Callable[[Iterable[torch.Tensor]], Frames]
     ) -> Rendered[Frames]:
-        """`finish` makes a row's frames of its video, fp32 [1, 3, F, H, W] in [-1, 1], before the next one is decoded.
+        """`finish` makes a row's frames of its video, which comes in pieces, fp32 [1, 3, f, H, W] in [-1, 1], before the
+        next one is decoded.
 
-        Raises FloatingPointError where latents are not finite.
+        A stage that runs out of memory is done again, thriftier, from the latents of the stages before it. Raises
+        NotFinite where latents are not finite.
         """
+        work = work_of(plan, rows)
         with watch.stage("text"):
-            self._make_room(plan, len(rows))
+            self._make_room(work)
         latents: list[torch.Tensor] = []
         for one in plan.passes:
-            begin = self._begin(one, rows, watch) if not latents else self._raise(latents[-1], watch)
-            latents.append(self.run_pass(one, plan, rows, watch, begin=begin))
+            attempt = partial(self._pass, one, plan, rows, watch, latents[-1] if latents else None)
+            latents.append(self.placing.attempt(work, lambda: watch.at, attempt))
             if not torch.isfinite(latents[-1]).all():
-                raise FloatingPointError(f"the latents are not finite after {one.name}; {self._advice()}")
-        with watch.stage("decode"):
-            found = latents[-1].split(1)
-            decoded = (decode_row(self.vae, one, plan, row.noise) for one, row in zip(found, rows, strict=True))
-            return Rendered(tuple(latents), tuple(finish(video) for video in decoded))
+                raise NotFinite(f"the latents are not finite after {one.name}; {self._advice()}")
+        frames = [
+            self.placing.attempt(work, lambda: watch.at, partial(self._decode, found, plan, row, watch, finish))
+            for found, row in zip(latents[-1].split(1), rows, strict=True)
+        ]
+        self._tell(self.placing.placement(work))
+        return Rendered(tuple(latents), tuple(frames))
 
     def text_told(self) -> dict[str, Any]:
         """Where the embeddings came from since this was last asked, and where the encoder is and why."""
         return {**self.text.taken(), "place": "no text encoder" if self.turns is None else self.turns.told}
 
-    def _make_room(self, plan: Plan, rows: int) -> None:
+    def _make_room(self, work: Work) -> None:
         """The text encoder has done its part: it leaves the device where the others want its place."""
+        placement = self.placing.placement(work)
         if self.turns is not None:
-            channels = self.transformer.config.num_attention_heads * self.transformer.config.attention_head_dim
-            wanted = working_bytes(plan, rows=rows, channels=channels, number_bytes=self.transformer.dtype.itemsize)
-            self.turns.let_others_work(wanted)
+            self.turns.let_others_work(placement.peak_bytes)
 
-    def _begin(self, first: PassPlan, rows: Sequence[Row], watch: Stopwatch) -> torch.Tensor | None:
+    def _room(self, memory_gib: float | None) -> Room:
+        """What all parts together may use, of each GPU."""
+        ours = self.lodging.held_bytes + (0 if self.turns is None else self.turns.held_bytes)
+        return room(self.device, memory_gib, ours)
+
+    def _pass(
+        self,
+        one: PassPlan,
+        plan: Plan,
+        rows: Sequence[Row],
+        watch: Stopwatch,
+        before: torch.Tensor | None,
+        placement: Placement,
+    ) -> torch.Tensor:
+        self.lodging.settle(placement)
+        begin = (
+            self._begin(one, plan, rows, watch, placement) if before is None else self._raise(before, watch, placement)
+        )
+        return self.run_pass(one, plan, rows, watch, begin=begin, placement=placement)
+
+    def _begin(
+        self, first: PassPlan, plan: Plan, rows: Sequence[Row], watch: Stopwatch, placement: Placement
+    ) -> torch.Tensor | None:
         """The latents that video to video begins from; a later pass goes on from the first pass's, not from these."""
         media = [row.media for row in rows if row.media is not None]
         if not media:
             return None
-        with watch.stage("condition"):
+        with watch.stage("condition"), self._encoder_at_work(placement, plan.passes.index(first), rows):
             name = f"{first.name}.vae_sample.input_media"
-            return encode_media(media, first, [row.noise for row in rows], name, self.vae)
+            return encode_media(media, first, [row.noise for row in rows], name, self.vae, self.device)
 
-    def _raise(self, latents: torch.Tensor, watch: Stopwatch) -> torch.Tensor:
-        with watch.stage("upsample"):
+    def _raise(self, latents: torch.Tensor, watch: Stopwatch, placement: Placement) -> torch.Tensor:
+        with watch.stage("upsample"), self.lodging.at("upsample", placement):
             return upsample_latents(self.latent_upsampler, latents, self.vae)
 
     @torch.inference_mode()
     def run_pass(
-        self, one: PassPlan, plan: Plan, rows: Sequence[Row], watch: Stopwatch, *, begin: torch.Tensor | None = None
+        self,
+        one: PassPlan,
+        plan: Plan,
+        rows: Sequence[Row],
+        watch: Stopwatch,
+        *,
+        begin: torch.Tensor | None = None,
+        placement: Placement | None = None,
     ) -> torch.Tensor:
-        """One denoise pass, from noise or from `begin`: normalised latents fp32 [B, C, F, H, W]."""
+        """One denoise pass of the plan, from noise or from `begin`: normalised latents fp32 [B, C, F, H, W]."""
+        if placement is None:
+            placement = self.placing.placement(work_of(plan, rows))
+            self.lodging.settle(placement)
+        number = plan.passes.index(one)
         noises = [row.noise for row in rows]
-        with watch.stage("condition"):
+        with watch.stage("condition"), self._encoder_at_work(placement, number, rows):
             tokens = start_tokens(
                 one,
                 [row.conditions for row in rows],
@@ -205,8 +253,9 @@ class LtxPipeline:
                 plan.frame_rate,
                 begin=begin,
                 causal=self._causal,
+                device=self.device,
             )
-        with watch.stage("denoise"):
+        with watch.stage("denoise"), self._transformer_at_work(placement, number, one, tokens.latents.shape[:2]):
             prompt = Text.stack([row.prompt for row in rows])
             negative = Text.stack([row.negative for row in rows if row.negative]) if plan.needs_negative else None
             clean = denoise_pass(
@@ -221,14 +270,59 @@ class LtxPipeline:
             )
         return from_tokens(clean, one.latent_size)
 
+    def _decode(
+        self,
+        latents: torch.Tensor,
+        plan: Plan,
+        row: Row,
+        watch: Stopwatch,
+        finish: Callable[[Iterable[torch.Tensor]], Frames],
+        placement: Placement,
+    ) -> Frames:
+        self.lodging.settle(placement)
+        with watch.stage("decode"), self.lodging.at("decode", placement):
+            return finish(decode_row(self.vae, latents, plan, row.noise, placement.decode_tiles))
+
+    @contextmanager
+    def _encoder_at_work(self, placement: Placement, number: int, rows: Sequence[Row]) -> Iterator[None]:
+        """The VAE's encoder is at hand, if there is anything to encode."""
+        if not any(row.conditions or row.media is not None for row in rows):
+            yield
+            return
+        tiles = placement.encode_tiles[number] if placement.encode_tiles else None
+        with self.lodging.at("condition", placement), in_tiles(self.vae, tiles):
+            yield
+
+    @contextmanager
+    def _transformer_at_work(
+        self, placement: Placement, number: int, one: PassPlan, shape: Sequence[int]
+    ) -> Iterator[None]:
+        """`shape` is [rows, tokens] of a call without guidance."""
+        config = self.transformer.config
+        rows = shape[0] * max(guidance.rows for guidance in one.guidance)
+        heads = (rows, config.num_attention_heads, shape[1], config.attention_head_dim)
+        self.attention.choose(heads, self.transformer.dtype, self.device)
+        chunk_tokens = placement.passes[number].chunk_tokens
+        with self.lodging.at("denoise", placement, number), in_chunks(self.transformer, chunk_tokens):
+            yield
+
+    def _tell(self, placement: Placement) -> None:
+        self.ran |= {
+            "attention": self.attention.name,
+            "tiling": str(placement.decode_tiles) if placement.decode_tiles else False,
+            "degraded": placement.degraded,
+            "placement": placement.ran,
+        }
+        if self.placing.told:
+            self.ran["out_of_memory"] = list(self.placing.told)
+
     def close(self) -> None:
         """Give the memory back."""
         if self.turns is not None:
             self.turns.close()
-        del self.transformer, self.loras, self.vae, self.text, self.latent_upsampler
+        del self.transformer, self.loras, self.vae, self.text, self.latent_upsampler, self.lodging, self.placing
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(self.device)
 
     def _advice(self) -> str:
         if self.ran["precision"] == "bnb-int8":
@@ -236,10 +330,13 @@ class LtxPipeline:
         return "are the weights whole?"
 
 
+def work_of(plan: Plan, rows: Sequence[Row]) -> Work:
+    media = [item.pixels for row in rows for item in row.conditions] + [
+        row.media for row in rows if row.media is not None
+    ]
+    longest = max((pixels.shape[2] for pixels in media), default=0)
+    return Work(plan, len(rows), longest, conditioned=any(row.conditions for row in rows))
+
+
 def _missed(error: CheckpointError) -> NoReturn:
     raise error
-
-
-def weights_bytes(module: nn.Module) -> int:
-    held = [*module.parameters(), *module.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held) + scale_bytes(module)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from ltx_batch.errors import JobError
 from ltx_batch.model import memory
@@ -19,6 +19,8 @@ from ltx_batch.model.tiles import OVERLAP, Tiles, choose_tiles
 Mode = Literal["resident", "offload", "sharded"]
 NAMES = ("auto", "resident", "offload", "sharded")
 _SHARDED_TRIES = ((1.0, False), (0.25, False), (0.125, False), (0.125, True), (0.0, True))
+_VIDEO_SHARE = 0.2  # of a tiled decode's room: a video that takes more waits in host memory
+_LEAST_WORK_BYTES = GIB  # what even a small clip wants beside the weights
 SLOTS = 2  # places on the device for the blocks that do not stay: one works, the next one comes
 
 
@@ -118,6 +120,15 @@ def decide(sizes: ModelSizes, work: Work, room: Room, asked: str = "auto", strai
     choices.append(_offload(sizes, work, room, strain))
     fitting = [choice for choice in choices if choice.fits]
     return next((choice for choice in fitting if not choice.degraded), next(iter(fitting), choices[-1]))
+
+
+def first_mode(sizes: ModelSizes, room: Room, asked: str) -> Mode:
+    """How parts are loaded, before any plan is known: onto the device where `resident`, else into host memory."""
+    if asked != "auto":
+        return cast(Mode, asked)
+    if room.holds(sizes.weights_bytes + _LEAST_WORK_BYTES):
+        return "resident"
+    return "sharded" if room.others else "offload"
 
 
 def step_down(strain: Strain, stage: str, placement: Placement, work: Work) -> Strain | None:
@@ -278,7 +289,10 @@ def _beside(sizes: ModelSizes, work: Work, tiles: Tiles | None, encode: tuple[Ti
     """Activations of the stages in which the transformer does not work."""
     passes, last = work.plan.passes, work.plan.passes[-1]
     pixels = (tiles.pixels if tiles else last.height * last.width) * last.num_frames
-    decode = memory.decode_bytes(sizes, pixels) + (memory.seam_bytes(sizes, last, OVERLAP) if tiles else 0)
+    decode = memory.decode_bytes(sizes, pixels)
+    if tiles:
+        decode += memory.seam_bytes(sizes, last, OVERLAP)
+        decode += 0 if tiles.to_host else memory.video_bytes(sizes, last)
     cuts = encode or (None,) * len(passes)
     condition = max(
         memory.encode_bytes(sizes, cut.pixels if cut else one.height * one.width, work.encoded_frames)
@@ -309,12 +323,16 @@ def _decode_tiles(sizes: ModelSizes, work: Work, room: Room, strain: Strain, *, 
     """Tiles that fit beside so many bytes of other parts; None: the decode need not be cut."""
     last = work.plan.passes[-1]
     whole = last.height * last.width
-    limit = strain.decode_pixels or whole
+    limit, to_host = strain.decode_pixels or whole, bool(strain.decode_pixels)
     left = None if room.bytes is None else room.usable[0] - beside_bytes - sizes.decoder_bytes
     if left is not None and memory.decode_bytes(sizes, whole * last.num_frames) > left:
         left -= memory.seam_bytes(sizes, last, OVERLAP)
+        video = memory.video_bytes(sizes, last)
+        to_host = to_host or video > _VIDEO_SHARE * left
+        left -= 0 if to_host else video
         limit = min(limit, left // memory.decode_bytes(sizes, last.num_frames))
-    return choose_tiles(last.height, last.width, limit)
+    tiles = choose_tiles(last.height, last.width, limit)
+    return None if tiles is None else replace(tiles, to_host=to_host)
 
 
 def _encode_tiles(sizes: ModelSizes, work: Work, one: PassPlan, room: Room) -> Tiles | None:

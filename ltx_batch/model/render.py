@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -69,6 +69,11 @@ def _loaded(condition: Condition) -> Prepared:
     return condition.media
 
 
+def _pixels(video: Iterable[torch.Tensor]) -> NDArray[np.uint8]:
+    """uint8 [F, H, W, 3]."""
+    return np.concatenate([to_uint8(piece)[0] for piece in video])
+
+
 def _render_alike(pipeline: LtxPipeline, plan: Plan, rows: Sequence[Row], watch: Stopwatch) -> list[NDArray[np.uint8]]:
     """Rows whose media have equally many frames share a forward pass: the number of tokens hangs on it."""
 
@@ -78,6 +83,6 @@ def _render_alike(pipeline: LtxPipeline, plan: Plan, rows: Sequence[Row], watch:
     frames: dict[int, NDArray[np.uint8]] = {}
     for _, group in groupby(sorted(range(len(rows)), key=layout), key=layout):
         alike = list(group)
-        rendered = pipeline.render(plan, [rows[i] for i in alike], watch, finish=lambda video: to_uint8(video)[0])
+        rendered = pipeline.render(plan, [rows[i] for i in alike], watch, finish=_pixels)
         frames |= dict(zip(alike, rendered.frames, strict=True))
     return [frames[i] for i in range(len(rows))]

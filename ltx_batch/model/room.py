@@ -7,14 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ltx_batch.model.plan import Plan
+from ltx_batch.model.memory import GIB, TEXT_BYTES
 
-GIB = 2**30
-_ENCODING_BYTES = GIB  # T5-XXL needs a tenth of that for 256 tokens; the rest is what an allocator cannot use
-# Sums of the tensors that live at once in bf16, at the peak: in the decoder of 0.9.5 to 0.9.8 per pixel of the last
-# pass, in a transformer with flash attention per token and channel of one row.
-_DECODE_BYTES = 100
-_DENOISE_BYTES = 32
+STREAMED_BYTES = 2 * GIB  # T5-XXL with its blocks one by one: embeddings, two blocks in bf16, and what it computes with
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,24 +22,13 @@ class Room:
 
 def room_to_encode(free_bytes: int | None, encoder_bytes: int) -> Room:
     """Whether the text encoder may come onto the device while the other parts are on it."""
-    return _room(free_bytes, encoder_bytes + _ENCODING_BYTES, "the text encoder wants")
+    return _room(free_bytes, encoder_bytes + TEXT_BYTES, "the text encoder wants")
 
 
-def room_to_render(free_bytes: int | None, working_bytes: int) -> Room:
-    """Whether the text encoder may stay on the device while the other parts work in `working_bytes`."""
-    return _room(free_bytes, working_bytes, "rendering this size wants")
-
-
-def working_bytes(plan: Plan, *, rows: int, channels: int, number_bytes: int) -> int:
-    """What a render needs beside the weights, about. `channels` are the transformer's, `number_bytes` 2 for bf16.
-
-    Rows are denoised together and decoded one by one.
-    """
-    last = plan.passes[-1]
-    decode = _DECODE_BYTES * last.num_frames * last.height * last.width
-    asked = max((guidance.rows for one in plan.passes for guidance in one.guidance), default=1)
-    denoise = _DENOISE_BYTES * last.tokens * channels * asked * rows
-    return max(decode, denoise) * number_bytes // 2
+def room_to_render(free_bytes: int | None, peak_bytes: int) -> Room:
+    """Whether the text encoder may stay on the device while the other parts want `peak_bytes`, of `free_bytes` that are
+    free or theirs."""
+    return _room(free_bytes, peak_bytes, "rendering this size wants")
 
 
 def _room(free_bytes: int | None, wanted_bytes: int, who: str) -> Room:

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 
 from ltx_batch.model.checkpoint import TextLoader, TextParts
+from ltx_batch.model.guests import Streamed
 from ltx_batch.model.text_key import MAX_TOKENS, as_encoded
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.model = model.to(device)
         self.device = device
+        self._streamed: Streamed | None = None
 
     @classmethod
     def load(cls, parts: TextLoader, device: torch.device) -> TextEncoder:
@@ -73,5 +77,24 @@ class TextEncoder:
         return self.model(input_ids=ids, attention_mask=mask)[0][0, : int(found.attention_mask.sum())]
 
     def to(self, device: torch.device) -> None:
-        self.model.to(device)
+        if self._streamed is None:
+            self.model.to(device)
+        elif device == _CPU:
+            self._streamed.leave()
+        else:
+            self._streamed.come()
         self.device = device
+
+    def stream(self, device: torch.device) -> None:
+        """Work on `device` with the blocks in host memory, from where they come one by one, from now on."""
+        if self._streamed is None:
+            self._streamed = Streamed(self.model, list(self.model.encoder.block), device)
+        self._streamed.come()
+        self.device = device
+
+    @property
+    def held_bytes(self) -> int:
+        """What it takes of a device other than the CPU."""
+        if self._streamed is not None:
+            return self._streamed.held_bytes
+        return 0 if self.device.type == "cpu" else sum(p.numel() * p.element_size() for p in self.model.parameters())

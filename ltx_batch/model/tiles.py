@@ -16,14 +16,16 @@ _MOST_CUTS = 64
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Height and width of the largest tile and how far neighbours overlap: pixels, multiples of 32."""
+    """Height and width of the largest tile and how far neighbours overlap: pixels, multiples of 32. Of a decode, what is
+    done waits on the device or, `to_host`, in host memory."""
 
     height: int
     width: int
     overlap: int = OVERLAP
+    to_host: bool = False
 
     def __str__(self) -> str:
-        return f"{self.height}x{self.width}, {self.overlap} over"
+        return f"{self.height}x{self.width}, {self.overlap} over{', to the host' if self.to_host else ''}"
 
     @property
     def pixels(self) -> int:

@@ -5,7 +5,7 @@ This is how a render is compared with another implementation's: give both sides 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,9 +54,13 @@ def trace_request(
         noise=noise or row_noise(request.seed),
         media=media,
     )
-    rendered = pipeline.render(plan, [row], watch, finish=lambda video: video / 2 + 0.5)
+    rendered = pipeline.render(plan, [row], watch, finish=_unit_range)
     first, *second = rendered.latents
     return Trace(first, second[0] if second else None, rendered.frames[0])
+
+
+def _unit_range(video: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([piece / 2 + 0.5 for piece in video], dim=2)
 
 
 def given_text(name: str, embeds: torch.Tensor | None, mask: torch.Tensor | None) -> Text | None:

@@ -19,7 +19,8 @@ from ltx_batch.lora import LoraCache
 from ltx_batch.model.checkpoint import load_checkpoint
 from ltx_batch.model.layers import transformer_layers
 from ltx_batch.model.lora import Adapter, LoraSwitch, apply_loras, linear_shapes, load_adapter
-from ltx_batch.model.pipeline import Stopwatch, weights_bytes
+from ltx_batch.model.measure import weights_bytes
+from ltx_batch.model.pipeline import Stopwatch
 from ltx_batch.model.quantize.bnb import quantize_blocks
 from ltx_batch.model.quantize.policy import precision
 from ltx_batch.request import LoraRef

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ltx_batch import Condition, RenderRequest, load_renderer
 from ltx_batch.clip import Clip
-from ltx_batch.errors import CheckpointError, InvalidRow, JobError, MediaError, PrecisionError
+from ltx_batch.errors import CheckpointError, InvalidRow, JobError, MediaError, NotFinite, PrecisionError
 from ltx_batch.job import VideoSpec
 from ltx_batch.media import write_video
 from ltx_batch.model import pipeline
@@ -199,10 +199,10 @@ def before_rounding(
     """Latents and float video of each request, which are told apart by their seeds."""
     found: dict[float, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def spy(vae: Any, latents: torch.Tensor, plan: Plan, noise: Noise) -> torch.Tensor:
+    def spy(vae: Any, latents: torch.Tensor, plan: Plan, noise: Noise, tiles: Any) -> Iterator[torch.Tensor]:
         video = decode_latents(vae, latents, plan, noise)
         found[noise("which", (1,)).item()] = (latents, video)
-        return decode_row(vae, latents, plan, noise)
+        return decode_row(vae, latents, plan, noise, tiles)
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "decode_row", spy)
@@ -313,7 +313,7 @@ def test_bf16_is_near_fp32(renderer: LtxRenderer, tiny: Path) -> None:
 def test_latents_that_are_not_finite_are_an_error(tiny: Path) -> None:
     broken = load_renderer(str(tiny), device="cpu")
     broken._pipeline.transformer.proj_out.bias.fill_(float("inf"))
-    with pytest.raises(FloatingPointError, match="not finite after pass1"):
+    with pytest.raises(NotFinite, match="not finite after pass1"):
         one(broken)
 
 
@@ -325,8 +325,8 @@ def test_latents_that_are_not_finite_are_an_error(tiny: Path) -> None:
     [
         ({"precision": "int8"}, PrecisionError, "not built yet; what works: auto, fp32, bf16, bnb-int8"),
         ({"precision": "half"}, PrecisionError, "unknown precision"),
-        ({"placement": "offload"}, JobError, "not built yet; what works: auto, resident"),
-        ({"placement": "moon"}, JobError, "unknown placement"),
+        ({"placement": "sharded"}, JobError, "wants several GPUs in one worker: set worker.num_gpus"),
+        ({"placement": "moon"}, JobError, "unknown placement 'moon'; what works: auto, resident, offload, sharded"),
         ({"upsampler": "x"}, CheckpointError, "no weights at x"),
         ({"condition_preprocess": "some"}, JobError, "unknown condition_preprocess 'some'; what works: none, official"),
         ({"pipeline_config": "nowhere.yaml"}, JobError, "no pipeline config at nowhere.yaml"),

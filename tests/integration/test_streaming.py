@@ -18,7 +18,7 @@ from transformers import T5EncoderModel
 from benchmarks.load_memory import write_places
 from ltx_batch.errors import CheckpointError
 from ltx_batch.model.checkpoint import TextParts, load_checkpoint
-from ltx_batch.model.pipeline import weights_bytes
+from ltx_batch.model.measure import weights_bytes
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,6 @@ import torch
 from job_runs import check_output, make_job, read_records, write_manifest
 from safetensors.torch import load_file
 from servers import S3Server
-from torch import nn
 
 from ltx_batch import RenderRequest, load_renderer
 from ltx_batch.clip import Clip
@@ -178,24 +177,29 @@ def test_a_cached_text_asks_for_no_encoder(encoder: TextEncoder, cache: TextCach
 # turns on a device
 
 
-class Part(nn.Linear):
-    """Notes where it is sent."""
+class Rest:
+    """The other parts: 64 bytes, and where they are sent."""
 
     def __init__(self) -> None:
-        super().__init__(4, 4, bias=False)
-        self.trips: list[torch.device] = []
+        self.trips: list[str] = []
 
-    def to(self, device: torch.device) -> Part:
-        self.trips.append(device)
-        return self
+    @property
+    def held_bytes(self) -> int:
+        return 0 if self.trips[-1:] == ["away"] else 64
+
+    def leave(self) -> None:
+        self.trips.append("away")
+
+    def come_back(self) -> None:
+        self.trips.append("back")
 
 
 @pytest.fixture
-def part() -> Part:
-    return Part()
+def rest() -> Rest:
+    return Rest()
 
 
-def make_turns(encoder: TextEncoder, part: Part, free: list[int], patch: pytest.MonkeyPatch, **more: Any) -> Turns:
+def make_turns(encoder: TextEncoder, rest: Rest, free: list[int], patch: pytest.MonkeyPatch, **more: Any) -> Turns:
     """A device of which `free` tells what is left, asked in this order."""
     patch.setattr(turns, "free_bytes", lambda device: free.pop(0))
 
@@ -203,50 +207,70 @@ def make_turns(encoder: TextEncoder, part: Part, free: list[int], patch: pytest.
         encoder.to(device)
         return encoder
 
-    return Turns(DEVICE, load, 2**30, [part], **more)
+    return Turns(DEVICE, load, 2**30, rest, **more)
 
 
 def test_an_encoder_that_fits_stays_beside_the_others(
-    encoder: TextEncoder, part: Part, monkeypatch: pytest.MonkeyPatch
+    encoder: TextEncoder, rest: Rest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = make_turns(encoder, part, [2**31, 100], monkeypatch)
+    both = make_turns(encoder, rest, [2**31, 100], monkeypatch)
     assert both.encoder().device == DEVICE
-    both.let_others_work(100)
-    assert both.encoder().device == DEVICE and part.trips == []
+    both.let_others_work(150)
+    assert both.encoder().device == DEVICE and rest.trips == []
     assert both.told == "on the device: the text encoder wants 2.0 GiB, 2.0 GiB are free"
 
 
 def test_an_encoder_leaves_when_a_render_wants_its_place(
-    encoder: TextEncoder, part: Part, monkeypatch: pytest.MonkeyPatch
+    encoder: TextEncoder, rest: Rest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = make_turns(encoder, part, [2**31, 99, 2**31], monkeypatch)
+    both = make_turns(encoder, rest, [2**31, 100, 2**31], monkeypatch)
     both.encoder()
-    both.let_others_work(100)
-    assert encoder.device == CPU and part.trips == []
+    both.let_others_work(160)
+    assert encoder.device == CPU and rest.trips == []
     assert both.told.startswith("left the device: rendering this size wants")
-    both.let_others_work(100)
+    both.let_others_work(160)
     assert both.encoder().device == DEVICE, "it comes back for the next text"
 
 
 def test_the_others_give_way_to_an_encoder_and_come_back(
-    encoder: TextEncoder, part: Part, monkeypatch: pytest.MonkeyPatch
+    encoder: TextEncoder, rest: Rest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = make_turns(encoder, part, [2**31 - 1, 2**31, 2**31 - 1, 0], monkeypatch)
+    both = make_turns(encoder, rest, [2**31 - 1, 2**31, 2**31, 0], monkeypatch)
     both.encoder()
-    assert part.trips == [CPU] and ", by turns: " in both.told
-    both.let_others_work(2**31 - 4 * 16)  # and the part itself takes 64 bytes
-    assert part.trips == [CPU, DEVICE] and encoder.device == DEVICE
+    assert rest.trips == ["away"] and ", by turns: " in both.told
+    both.let_others_work(2**30)
+    assert rest.trips == ["away", "back"] and encoder.device == DEVICE
     both.let_others_work(0)
-    assert part.trips == [CPU, DEVICE]
+    assert rest.trips == ["away", "back"]
 
 
-def test_quantised_parts_stay_and_the_encoder_works_on_the_cpu(
-    encoder: TextEncoder, part: Part, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("movable", [True, False])
+def test_an_encoder_that_does_not_fit_comes_block_by_block(
+    tiny: Path, rest: Rest, movable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = make_turns(encoder, part, [2**31 - 1], monkeypatch, movable=False)
+    whole, streamed = (TextEncoder.load(find_text(tiny, "float32"), CPU) for _ in range(2))
+    expected = whole.encode("a red circle")
+    free = [2**31 - 1, 2**31 - 1, 0, 2**31 - 1, 2**31 - 1] if movable else [2**31, 0, 2**31]
+    both = make_turns(streamed, rest, free, monkeypatch, movable=movable)
+    both._encoder_bytes = 2**31
+    monkeypatch.setattr(turns, "STREAMED_BYTES", 2**31 - 1)
+    for _ in range(2):
+        assert torch.equal(both.encoder().encode("a red circle"), expected)
+        assert streamed.device == DEVICE and both.held_bytes > 0
+        assert rest.trips.count("away") == movable * (1 + rest.trips.count("back"))
+        if free:
+            both.let_others_work(100)
+            assert both.held_bytes == 0
+    assert both.told.startswith("on the device, block by block: the text encoder wants 3.0 GiB")
+
+
+def test_where_not_even_a_block_fits_the_encoder_works_on_the_cpu(
+    encoder: TextEncoder, rest: Rest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = make_turns(encoder, rest, [2**31 - 1], monkeypatch, movable=False)
     assert both.encoder().device == CPU
     both.let_others_work(10**15)
-    assert part.trips == [] and both.told.startswith("on the CPU: the text encoder wants 2.0 GiB")
+    assert rest.trips == [] and both.told.startswith("on the CPU: the text encoder wants 2.0 GiB")
 
 
 # renderers

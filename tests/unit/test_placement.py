@@ -138,6 +138,12 @@ def test_tiles_are_the_largest_that_fit() -> None:
 # decisions
 
 
+def test_a_large_video_waits_in_host_memory() -> None:
+    for size_gib, to_host in ((15.0, False), (5.0, True)):
+        tiles = decide(INT8, Work(HD), card(size_gib)).decode_tiles
+        assert tiles is not None and tiles.to_host is to_host
+
+
 @pytest.mark.parametrize(
     ("sizes", "plan", "size_gib", "mode", "cut", "chunks"),
     [

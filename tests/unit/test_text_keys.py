@@ -14,10 +14,7 @@ import pytest
 
 from ltx_batch.errors import CheckpointError, InvalidRow, JobError
 from ltx_batch.job import parse_job
-from ltx_batch.model.pipeline_config import PipelineConfig
-from ltx_batch.model.plan import plan_request
-from ltx_batch.model.room import GIB, room_to_encode, room_to_render, working_bytes
-from ltx_batch.model.sigmas import SchedulerConfig
+from ltx_batch.model.room import GIB, room_to_encode, room_to_render
 from ltx_batch.model.text_key import TextIdentity, encoder_fingerprint
 from ltx_batch.paths import refuse_local, refuse_relative
 from ltx_batch.request import RenderRequest
@@ -78,22 +75,6 @@ def test_a_decision_gives_its_reason() -> None:
     assert room_to_render(38 * GIB, 45 * GIB).reason == "rendering this size wants 45.0 GiB, 38.0 GiB are free"
     assert room_to_encode(2 * GIB, 9 * GIB).reason == "the text encoder wants 10.0 GiB, 2.0 GiB are free"
     assert room_to_encode(None, 9 * GIB).reason == "all parts share one memory"
-
-
-def plan_of(**request: Any) -> Any:
-    return plan_request(RenderRequest(prompt="a", **request), PipelineConfig.model_validate({}), SchedulerConfig())
-
-
-def test_a_render_wants_what_its_decoder_or_its_transformer_wants() -> None:
-    small, large = (plan_of(height=size, width=size, num_frames=33) for size in (704, 1408))
-    one = working_bytes(small, rows=1, channels=4096, number_bytes=2)
-    assert one == 100 * 33 * 704 * 704, "one row: the decoder is the peak"
-    assert working_bytes(large, rows=1, channels=4096, number_bytes=2) == 4 * one
-    assert working_bytes(small, rows=1, channels=4096, number_bytes=4) == 2 * one
-    asked = max(guidance.rows for guidance in small.passes[0].guidance)
-    assert (
-        working_bytes(small, rows=16, channels=4096, number_bytes=2) == 32 * small.passes[0].tokens * 4096 * asked * 16
-    )
 
 
 # the texts of a phase

@@ -1,0 +1,78 @@
+"""A pass whose activations are too large, in chunks of tokens: the feed-forward, and the rotary tables and what they turn.
+
+Tables are worked out anew for each chunk of each block. A token's numbers do not hang on its neighbours' here, so only a
+product's rounding may change: a library may compute other row counts otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
+
+Tables = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryParts:
+    """The rotary tables of a call, not yet worked out: `tables(coords [1, 3, n])` are those of n tokens."""
+
+    tables: Callable[[torch.Tensor], Tables]
+    coords: torch.Tensor
+    chunk_tokens: int
+
+
+def rotate(values: torch.Tensor, rotary: Tables | RotaryParts | None) -> torch.Tensor:
+    """Rotary embedding of `values` [rows, tokens, channels]; in parts it overwrites them."""
+    if rotary is None:
+        return values
+    if not isinstance(rotary, RotaryParts):
+        turned: torch.Tensor = apply_rotary_emb(values, rotary)
+        return turned
+    for part, coords in zip(
+        values.split(rotary.chunk_tokens, dim=1), rotary.coords.split(rotary.chunk_tokens, dim=2), strict=True
+    ):
+        part.copy_(apply_rotary_emb(part, rotary.tables(coords.to(values.device))))
+    return values
+
+
+@contextmanager
+def in_chunks(transformer: Any, chunk_tokens: int | None) -> Iterator[None]:
+    """Within it, calls of `transformer` work on so many tokens at a time wherever tokens do not need each other."""
+    if chunk_tokens is None:
+        yield
+        return
+    layers = [transformer.rope, *(block.ff for block in transformer.transformer_blocks)]
+    transformer.rope.forward = partial(_rotary_parts, transformer.rope.forward, chunk_tokens)
+    for layer in layers[1:]:
+        layer.forward = partial(_feed_forward, layer.forward, chunk_tokens)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _rotary_parts(
+    rope: Callable[..., Tables],
+    chunk_tokens: int,
+    hidden: torch.Tensor,
+    num_frames: int | None,
+    height: int | None,
+    width: int | None,
+    rope_interpolation_scale: Any,
+    video_coords: torch.Tensor,
+) -> RotaryParts:
+    return RotaryParts(lambda coords: rope(hidden, video_coords=coords), video_coords, chunk_tokens)
+
+
+def _feed_forward(forward: Callable[..., torch.Tensor], chunk_tokens: int, hidden: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(hidden)
+    for part, target in zip(hidden.split(chunk_tokens, dim=1), out.split(chunk_tokens, dim=1), strict=True):
+        target.copy_(forward(part))
+    return out

@@ -1,0 +1,115 @@
+"""The parts of a model between host and device: the execution of a `Placement`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ltx_batch.model.device import give_back, gpus
+from ltx_batch.model.guests import Guest, Streamed
+from ltx_batch.model.placement import Mode, Placement
+from ltx_batch.model.sharding import deal_out
+
+
+class Lodging:
+    """Where transformer, VAE and upsampler are.
+
+    They lie where they were loaded until `settle`. `mode` says how they live from then on: `resident` on the device,
+    `offload` in host memory, coming for their stages, `sharded` with the blocks over several GPUs. A mode is left for a
+    thriftier one alone.
+    """
+
+    def __init__(self, device: torch.device, transformer: Any, vae: Any, upsampler: Any | None) -> None:
+        self.mode: Mode | None = None
+        self._device = device
+        self._transformer, self._vae, self._upsampler = transformer, vae, upsampler
+        self._streamed: Streamed | None = None
+        self._guests: dict[str, Guest] = {}
+
+    @property
+    def held_bytes(self) -> int:
+        """Weights on the device."""
+        if self.mode == "offload":
+            streamed = 0 if self._streamed is None else self._streamed.held_bytes
+            return streamed + sum(guest.held_bytes for guest in self._guests.values())
+        models = [self._transformer, self._vae, *([self._upsampler] if self._upsampler is not None else [])]
+        return sum(bytes_on(model, self._device) for model in models)
+
+    def settle(self, placement: Placement) -> None:
+        """Take up the placement's mode."""
+        if self.mode == placement.mode:
+            return
+        if placement.mode == "resident":
+            for model in (self._transformer, self._vae, self._upsampler):
+                if model is not None:
+                    model.to(self._device)
+        else:
+            self._invite_guests()
+            if placement.mode == "offload":
+                blocks = list(self._transformer.transformer_blocks)
+                self._streamed = Streamed(self._transformer, blocks, self._device)
+            else:
+                deal_out(self._transformer, placement.shards, gpus(self._device))
+            give_back(self._device)
+        self.mode = placement.mode
+
+    @contextmanager
+    def at(self, stage: str, placement: Placement, number: int = 0) -> Iterator[None]:
+        """Within it, what works in `stage` is on the device: in `denoise` the transformer, for the pass of that number."""
+        if self._streamed is not None and stage == "denoise":
+            self._streamed.come(placement.passes[number].kept_blocks)
+        elif self._streamed is not None:
+            self._streamed.leave(placement.beside[stage])
+        guest = self._guests.get(stage)
+        if guest is not None:
+            guest.come()
+        try:
+            yield
+        finally:
+            if guest is not None:
+                guest.leave()
+
+    def leave(self) -> None:
+        """Everything that can be brought again leaves the device."""
+        if self.mode == "resident":
+            for model in (self._transformer, self._vae, self._upsampler):
+                if model is not None:
+                    model.to(torch.device("cpu"))
+        if self._streamed is not None:
+            self._streamed.leave()
+        give_back(self._device)
+
+    def come_back(self) -> None:
+        """After `leave`: what is not brought for its stage is there again."""
+        if self.mode == "resident":
+            for model in (self._transformer, self._vae, self._upsampler):
+                if model is not None:
+                    model.to(self._device)
+
+    @contextmanager
+    def changing_layers(self) -> Iterator[None]:
+        """Within it, layers of the transformer may be changed, wherever they lie."""
+        if self._streamed is not None:
+            self._streamed.leave()
+        yield
+        if self._streamed is not None:
+            self._streamed.repack()
+
+    def _invite_guests(self) -> None:
+        if not self._guests:
+            self._guests = {
+                "condition": Guest(self._vae.encoder, self._device),
+                "decode": Guest(self._vae.decoder, self._device),
+            }
+            if self._upsampler is not None:
+                self._guests["upsample"] = Guest(self._upsampler, self._device)
+
+
+def bytes_on(model: nn.Module, device: torch.device) -> int:
+    """Of its parameters and buffers."""
+    tensors = (*model.parameters(), *model.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.device.type == device.type)

@@ -1,0 +1,32 @@
+"""What modules take of memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ltx_batch.model.memory import ModelSizes
+from ltx_batch.model.quantize.bnb import scale_bytes
+
+
+def weights_bytes(module: nn.Module) -> int:
+    """Parameters, buffers, and the scales that bitsandbytes keeps beside them."""
+    held = [*module.parameters(), *module.buffers()]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held) + scale_bytes(module)
+
+
+def measure(transformer: Any, vae: Any, upsampler: Any | None, precision: str) -> ModelSizes:
+    """The sizes of a model whose layers are what they will be."""
+    blocks = [weights_bytes(block) for block in transformer.transformer_blocks]
+    return ModelSizes(
+        block_bytes=max(blocks),
+        blocks=len(blocks),
+        rest_bytes=weights_bytes(transformer) - sum(blocks),
+        encoder_bytes=weights_bytes(vae.encoder),
+        decoder_bytes=weights_bytes(vae.decoder),
+        upsampler_bytes=0 if upsampler is None else weights_bytes(upsampler),
+        channels=transformer.config.num_attention_heads * transformer.config.attention_head_dim,
+        number_bytes=transformer.dtype.itemsize,
+        precision=precision,
+    )

@@ -1,0 +1,61 @@
+"""The placements of one process: decided once for each kind of work, and lower once memory has run out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from ltx_batch.model.device import give_back
+from ltx_batch.model.memory import ModelSizes, Work
+from ltx_batch.model.placement import Placement, Room, Strain, decide, step_down
+
+Result = TypeVar("Result")
+log = logging.getLogger(__name__)
+
+
+class Placing:
+    """`room` tells what memory there is, and is asked when work is first met. `asked` is a placement's name.
+
+    `told` says, step by step, what running out of memory has changed.
+    """
+
+    def __init__(self, sizes: ModelSizes, room: Callable[[], Room], asked: str, device: torch.device) -> None:
+        self.told: list[str] = []
+        self._sizes, self._room, self._asked, self._device = sizes, room, asked, device
+        self._strain = Strain()
+        self._placements: dict[Work, Placement] = {}
+
+    def placement(self, work: Work) -> Placement:
+        """How this work is done from now on."""
+        if work not in self._placements:
+            found = decide(self._sizes, work, self._room(), self._asked, self._strain)
+            if found.mode != self._asked and found.mode != "resident":
+                self._asked = found.mode  # parts that have left the device come for their stages from now on
+                self._placements.clear()
+            self._placements[work] = found
+            log.log(logging.INFO if found.fits else logging.WARNING, "placement %s: %s", found.mode, found.reason)
+        return self._placements[work]
+
+    def attempt(self, work: Work, stage: Callable[[], str], render: Callable[[Placement], Result]) -> Result:
+        """`render` under the work's placement, and once more under a lower one each time it runs out of memory.
+
+        `stage` names what it was at. Raises what it raised when there is nothing lower.
+        """
+        while True:
+            placement = self.placement(work)
+            try:
+                return render(placement)
+            except torch.OutOfMemoryError as error:
+                lower = step_down(self._strain, stage(), placement, work)
+                if lower is None:
+                    raise
+                message = str(error).partition("\n")[0]
+            # Only here has the error let go of what filled the device.
+            give_back(self._device)
+            self._strain = lower
+            self._placements.clear()
+            self.told.append(f"{stage()} ran out of memory: {self.placement(work).reason}")
+            log.warning("%s (%s)", self.told[-1], message)

@@ -1,0 +1,53 @@
+"""How large a model will be, from the headers of its files: before a weight is read. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+
+from ltx_batch.model.memory import ModelSizes
+from ltx_batch.model.part import Part, Parts
+from ltx_batch.model.quantize.policy import BLOCKS, Precision
+
+
+def sizes_of(parts: Parts, policy: Precision) -> ModelSizes:
+    """Of the parts as that precision holds them."""
+    number = 4 if policy.dtype == "float32" else 2
+    blocks, rest = _transformer_bytes(parts.transformer, policy, number)
+    vae: defaultdict[str, int] = defaultdict(int)
+    for name, tensor in parts.vae.tensors.items():
+        vae[name.partition(".")[0]] += math.prod(tensor.shape) * number
+    upsampler = {} if parts.latent_upsampler is None else parts.latent_upsampler.tensors
+    config = parts.transformer.config
+    return ModelSizes(
+        block_bytes=max(blocks.values()),
+        blocks=len(blocks),
+        rest_bytes=rest,
+        encoder_bytes=vae["encoder"],
+        decoder_bytes=vae["decoder"],
+        upsampler_bytes=sum(math.prod(tensor.shape) * number for tensor in upsampler.values()),
+        channels=config["num_attention_heads"] * config["attention_head_dim"],
+        number_bytes=number,
+        precision=policy.name,
+    )
+
+
+def _transformer_bytes(part: Part, policy: Precision, number: int) -> tuple[Mapping[str, int], int]:
+    """Bytes of each block, and of what lies outside. A quantised weight has one byte a number, and scales, which do not
+    count."""
+    shapes = {name: tensor.shape for name, tensor in part.tensors.items()}
+    layers = [
+        name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2
+    ]
+    becomes = policy.table(layers)
+    blocks: defaultdict[str, int] = defaultdict(int)
+    rest = 0
+    for name, shape in shapes.items():
+        quantized = name.endswith(".weight") and becomes.get(name.removesuffix(".weight")) not in (None, "fp32", "bf16")
+        taken = math.prod(shape) * (1 if quantized else number)
+        if name.startswith(f"{BLOCKS}."):
+            blocks[name.split(".")[1]] += taken
+        else:
+            rest += taken
+    return blocks, rest
