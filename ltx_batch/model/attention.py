@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from ltx_batch.model.chunks import rotate
 
 _TORCH = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+_DIFFUSERS = {"native": None, "cudnn": "_native_cudnn", "flash": "_native_flash", "sage": "sage"}
 _REPEATS = 3
 # Another kernel rounds otherwise: torch's own choice stays where it is about as fast, so that two GPUs of a kind agree.
 _BETTER_BY = 1.05
@@ -71,6 +72,11 @@ class SelfAttention:
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
+
+    @property
+    def _attention_backend(self) -> str | None:
+        """The same kernel by diffusers' name, for blocks that call `dispatch_attention_fn` themselves."""
+        return _DIFFUSERS[self.kernel.name]
 
     def __call__(
         self,

@@ -29,14 +29,15 @@ class _Slot:
 class BlockStream:
     """Takes the tensors of `blocks` over into host memory. Before the first forward `keep` says how many stay on the device.
 
-    Forward hooks do the rest, so the blocks may be of any kind, but their order in a forward must not change. A block
-    that is compiled is compiled by its `forward`, which leaves the hooks outside.
+    Forward hooks do the rest, so the blocks may be of any kind, but their order in a forward must not change. What is
+    compiled of a block must leave its hooks outside: its `forward`, not the block. Layers that a block names in
+    `parked_layers` stay where they are; it brings them itself.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
         self._device = device
-        self._packs = [Packed(block, device) for block in blocks]
         self._blocks = list(blocks)
+        self._packs = [self._pack(block) for block in blocks]
         self._staying: dict[int, torch.Tensor] = {}
         self._slots: list[_Slot] = []
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -84,7 +85,10 @@ class BlockStream:
     def repack(self) -> None:
         """Take over what has been added to the blocks or taken from them since."""
         self.leave()
-        self._packs = [Packed(block, self._device) for block in self._blocks]
+        self._packs = [self._pack(block) for block in self._blocks]
+
+    def _pack(self, block: nn.Module) -> Packed:
+        return Packed(block, self._device, without=getattr(block, "parked_layers", ()))
 
     def _before(self, index: int) -> None:
         if index in self._staying:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
+from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock, apply_rotary_emb
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 
@@ -43,19 +43,32 @@ def rotate(values: torch.Tensor, rotary: Tables | RotaryParts | None) -> torch.T
 
 @contextmanager
 def in_chunks(transformer: Any, chunk_tokens: int | None) -> Iterator[None]:
-    """Within it, calls of `transformer` work on so many tokens at a time wherever tokens do not need each other."""
+    """Within it, calls of `transformer` work on so many tokens at a time wherever tokens do not need each other. Blocks
+    that are not diffusers' own see to that themselves, by their `chunk_tokens`."""
     if chunk_tokens is None:
         yield
         return
-    layers = [transformer.rope, *(block.ff for block in transformer.transformer_blocks)]
-    transformer.rope.forward = partial(_rotary_parts, transformer.rope.forward, chunk_tokens)
-    for layer in layers[1:]:
-        layer.forward = partial(_feed_forward, layer.forward, chunk_tokens)
+    blocks = transformer.transformer_blocks
+    own = all(isinstance(block, LTXVideoTransformerBlock) for block in blocks)
     try:
+        if own:
+            _patch(transformer.rope, _rotary_parts, chunk_tokens)
+        for block in blocks:
+            if own:
+                _patch(block.ff, _feed_forward, chunk_tokens)
+            else:
+                block.chunk_tokens = chunk_tokens
         yield
     finally:
-        for layer in layers:
-            del layer.forward
+        transformer.rope.__dict__.pop("forward", None)
+        for block in blocks:
+            block.ff.__dict__.pop("forward", None)
+            if not own:
+                block.chunk_tokens = None
+
+
+def _patch(layer: Any, forward: Callable[..., Any], chunk_tokens: int) -> None:
+    layer.forward = partial(forward, layer.forward, chunk_tokens)
 
 
 def _rotary_parts(

@@ -51,6 +51,9 @@ class Lodging:
             self._invite_guests()
             if placement.mode == "offload":
                 blocks = list(self._transformer.transformer_blocks)
+                for block in blocks:
+                    if self._device.type == "cuda" and hasattr(block, "park"):
+                        block.park()  # what it needs once a clip need not come with every call
                 self._streamed = Streamed(self._transformer, blocks, self._device)
             else:
                 deal_out(self._transformer, placement.shards, gpus(self._device))

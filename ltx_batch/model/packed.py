@@ -102,7 +102,8 @@ def _lay_out(module: nn.Module, without: Sequence[nn.Module]) -> tuple[list[_Ent
         key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device)
         shared.setdefault(key if tensor.numel() else (id(place),), []).append(place)
     entries, start = [], 0
-    for places in shared.values():
+    # Large ones first, in their order: weights of one shape, which a kernel may take as one matrix, lie without a gap.
+    for places in sorted(shared.values(), key=lambda places: -places[0].get().nbytes):
         tensor = places[0].get()
         dense = tensor.numel() > 0 and torch.ops.aten.is_non_overlapping_and_dense(tensor)
         stride = tensor.stride() if dense else torch.empty(tensor.shape, device="meta").stride()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,9 @@ def deal_out(transformer: Any, shards: Sequence[int], devices: Sequence[torch.de
         parameter.data = parameter.data.to(devices[0])
     numbers = device_map([*own, *(name for name, _ in transformer.named_children())], shards)
     places: Any = {name: devices[number] for name, number in numbers.items()}
-    dispatch_model(transformer, places, main_device=devices[0], force_hooks=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The following device_map keys do not match")  # those parameters
+        dispatch_model(transformer, places, main_device=devices[0], force_hooks=True)
     carried = _Carried()
     for index, block in enumerate(transformer.transformer_blocks):
         block.register_forward_pre_hook(carried.bring_to(places[f"{BLOCKS}.{index}"]), with_kwargs=True)

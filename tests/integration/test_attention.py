@@ -1,0 +1,160 @@
+"""Self-attention by a kernel of choice, and passes in chunks of tokens, on a transformer of diffusers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LTXVideoTransformer3DModel
+from torch import nn
+
+from ltx_batch.model.attention import Kernel, SelfAttention, attend, fastest, use_kernel
+from ltx_batch.model.chunks import in_chunks
+from ltx_batch.model.perturb import perturbed
+from ltx_batch.model.sharding import _Carried, deal_out, device_map
+from tests.tiny_checkpoint import CAPTION_CHANNELS, LATENT_CHANNELS, TRANSFORMER
+
+CPU = torch.device("cpu")
+TOKENS = 23
+
+
+@pytest.fixture
+def transformer() -> Any:
+    torch.manual_seed(0)
+    return LTXVideoTransformer3DModel(**{**TRANSFORMER, "num_layers": 4}).eval()
+
+
+@torch.inference_mode()
+def forward(transformer: Any, *, levels: bool = False) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return transformer(
+        hidden_states=torch.randn(2, TOKENS, LATENT_CHANNELS, generator=generator),
+        encoder_hidden_states=torch.randn(2, 6, CAPTION_CHANNELS, generator=generator),
+        encoder_attention_mask=torch.arange(6).expand(2, 6) < 4,
+        timestep=torch.rand(1, TOKENS if levels else 1, generator=generator).mul(1000).expand(2, -1),
+        video_coords=torch.rand(1, 3, TOKENS, generator=generator) * 100,
+        return_dict=False,
+    )[0]
+
+
+# kernels
+
+
+def test_the_native_kernel_computes_what_diffusers_does(transformer: Any) -> None:
+    expected = forward(transformer)
+    kernel = use_kernel(transformer)
+    assert all(block.attn1.processor.kernel is kernel for block in transformer.transformer_blocks)
+    assert torch.equal(forward(transformer), expected)
+    with perturbed(transformer, "attention_values", (1, 2), 1):
+        disturbed = forward(transformer)
+    assert torch.equal(disturbed[0], expected[0]) and not torch.equal(disturbed[1], expected[1])
+
+
+def test_a_processor_of_another_kind_stays(transformer: Any) -> None:
+    mine = SelfAttention(Kernel())
+    transformer.transformer_blocks[2].attn1.set_processor(mine)
+    kernel = use_kernel(transformer)
+    found = [block.attn1.processor for block in transformer.transformer_blocks]
+    assert found[2] is mine and [one.kernel is kernel for one in found] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("name", ["native", "flash"])
+def test_kernels_agree(name: str) -> None:
+    query, key, value = (torch.randn(2, 3, 40, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    expected = (query @ key.mT / 4).softmax(-1) @ value
+    assert torch.allclose(attend(name, query, key, value), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("timed_ms", "name"),
+    [
+        ({"native": 1.0}, "native"),
+        ({"native": 1.0, "cudnn": 0.97, "flash": 2.0}, "native"),
+        ({"native": 1.0, "cudnn": 0.9, "flash": 0.8}, "flash"),
+        ({"native": 1.0, "cudnn": float("inf"), "sage": 0.5}, "sage"),
+        ({"native": float("inf"), "cudnn": 1.0}, "cudnn"),
+    ],
+)
+def test_another_kernel_must_be_clearly_faster(timed_ms: dict[str, float], name: str) -> None:
+    assert fastest(timed_ms) == name
+
+
+def test_a_cpu_times_nothing() -> None:
+    kernel = Kernel()
+    kernel.choose((1, 2, TOKENS, 16), torch.bfloat16, CPU)
+    assert (kernel.name, kernel.timed_ms) == ("native", {})
+
+
+# chunks
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 23, 100])
+@pytest.mark.parametrize("levels", [False, True])
+def test_chunks_change_nothing_but_rounding(transformer: Any, chunk_tokens: int, levels: bool) -> None:
+    use_kernel(transformer)
+    expected = forward(transformer, levels=levels)
+    with in_chunks(transformer, chunk_tokens):
+        found = forward(transformer, levels=levels)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(forward(transformer, levels=levels), expected), "and nothing of it stays"
+
+
+def test_chunks_are_what_the_layers_see(transformer: Any) -> None:
+    use_kernel(transformer)
+    seen: list[int] = []
+    transformer.transformer_blocks[1].ff.net[2].register_forward_hook(
+        lambda _, args, out: seen.append(args[0].shape[1])
+    )
+    with in_chunks(transformer, 10), pytest.raises(RuntimeError, match="stop"):
+        forward(transformer)
+        raise RuntimeError("stop")
+    assert seen == [10, 10, 3]
+    assert "forward" not in vars(transformer.rope) and "forward" not in vars(transformer.transformer_blocks[0].ff)
+
+
+def test_blocks_of_another_kind_are_told(transformer: Any) -> None:
+    class Fused(nn.Module):
+        chunk_tokens: int | None = None
+
+        def __init__(self, block: Any) -> None:
+            super().__init__()
+            self.ff = block.ff
+
+    blocks = [Fused(block) for block in transformer.transformer_blocks]
+    transformer.transformer_blocks = nn.ModuleList(blocks)
+    with in_chunks(transformer, 7):
+        assert [block.chunk_tokens for block in blocks] == [7] * 4
+        assert "forward" not in vars(transformer.rope)
+    assert [block.chunk_tokens for block in blocks] == [None] * 4
+
+
+# shards
+
+
+def test_blocks_lie_in_order_and_the_rest_on_the_first_device() -> None:
+    found = device_map(["proj_in", "transformer_blocks", "proj_out"], [1, 0, 3])
+    assert found == {"proj_in": 0, "proj_out": 0} | {f"transformer_blocks.{i}": n for i, n in enumerate([0, 2, 2, 2])}
+
+
+def test_a_dealt_transformer_computes_the_same_bits(transformer: Any) -> None:
+    """All shards on one device: accelerate's hooks and ours at work, with nothing to move."""
+    expected = forward(transformer)
+    deal_out(transformer, [1, 3], [CPU, CPU])
+    assert torch.equal(forward(transformer), expected)
+    with perturbed(transformer, "transformer_block", (0, 3), 1):
+        forward(transformer)
+
+
+def test_what_all_blocks_are_given_is_carried_once_a_device() -> None:
+    carried, far = _Carried(), torch.device("meta")
+    tables, hidden = (torch.ones(2), torch.ones(3)), torch.ones(4)
+    given = {"hidden_states": hidden, "image_rotary_emb": tables, "encoder_attention_mask": None}
+    hook = carried.bring_to(far)
+    (_, first), (_, second) = (hook(nn.Identity(), (), given) for _ in range(2))
+    assert first["image_rotary_emb"][0] is second["image_rotary_emb"][0]
+    assert first["image_rotary_emb"][0].device == far == first["hidden_states"].device
+    assert first["encoder_attention_mask"] is None
+    carried.forget()
+    _, third = hook(nn.Identity(), (), given)
+    assert third["image_rotary_emb"][0] is not first["image_rotary_emb"][0]
