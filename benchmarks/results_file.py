@@ -15,11 +15,12 @@ from typing import Any
 _VERSIONED = ("ltx-batch", "torch", "diffusers", "transformers", "ray", "pyarrow", "imageio-ffmpeg", "bitsandbytes")
 
 
-def write_result(path: Path, figures: list[dict[str, Any]], *, notes: str = "") -> None:
-    """Write `path` as JSON. A figure is {"name", "value", "unit"}, with a "bound" where one is promised."""
+def write_result(path: Path, figures: list[dict[str, Any]], *, notes: str = "", device: str | None = None) -> None:
+    """Write `path` as JSON. A figure is {"name", "value", "unit"}, with a "bound" where one is promised. `device` is the
+    GPU's model, where one worked."""
     result = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "hardware": hardware(),
+        "hardware": hardware() if device is None else f"{device}; {hardware()}",
         "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in _VERSIONED},
         "command": shlex.join(["python", *sys.argv]),
         "notes": notes,

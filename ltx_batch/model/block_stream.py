@@ -72,7 +72,7 @@ class BlockStream:
 
     def leave(self, staying: int = 0) -> None:
         """Give the device back, the slots with it; of blocks that stay now, those stay that `staying` blocks would have
-        among them. No forward before the next `keep`."""
+        among them. Until the next `keep`, a forward is one in host memory."""
         chosen = _spread(len(self._packs), staying)
         self._staying = {index: buffer for index, buffer in self._staying.items() if index in chosen}
         for index, pack in enumerate(self._packs):
@@ -91,7 +91,7 @@ class BlockStream:
         return Packed(block, self._device, without=getattr(block, "parked_layers", ()))
 
     def _before(self, index: int) -> None:
-        if index in self._staying:
+        if index in self._staying or not self._slots:  # without slots, after `leave`, blocks work in host memory
             return
         slot = next((slot for slot in self._slots if slot.block == index), None) or self._fetch(index)
         if self._copies is not None:

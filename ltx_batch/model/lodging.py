@@ -18,9 +18,9 @@ from ltx_batch.model.sharding import deal_out
 class Lodging:
     """Where transformer, VAE and upsampler are.
 
-    They lie where they were loaded until `settle`. `mode` says how they live from then on: `resident` on the device,
-    `offload` in host memory, coming for their stages, `sharded` with the blocks over several GPUs. A mode is left for a
-    thriftier one alone.
+    They lie where they were loaded until `settle` or `leave`. `mode` says how they live from then on: `resident` on the
+    device, `offload` in host memory, coming for their stages, `sharded` with the blocks over several GPUs. Only `resident`
+    is ever left for another.
     """
 
     def __init__(self, device: torch.device, transformer: Any, vae: Any, upsampler: Any | None) -> None:
@@ -43,22 +43,26 @@ class Lodging:
         """Take up the placement's mode."""
         if self.mode == placement.mode:
             return
-        if placement.mode == "resident":
+        if placement.mode == "offload":
+            self._settle_in_host()
+        elif placement.mode == "sharded":
+            self._invite_guests()
+            deal_out(self._transformer, placement.shards, gpus(self._device))
+        else:
             for model in (self._transformer, self._vae, self._upsampler):
                 if model is not None:
                     model.to(self._device)
-        else:
-            self._invite_guests()
-            if placement.mode == "offload":
-                blocks = list(self._transformer.transformer_blocks)
-                for block in blocks:
-                    if self._device.type == "cuda" and hasattr(block, "park"):
-                        block.park()  # what it needs once a clip need not come with every call
-                self._streamed = Streamed(self._transformer, blocks, self._device)
-            else:
-                deal_out(self._transformer, placement.shards, gpus(self._device))
-            give_back(self._device)
         self.mode = placement.mode
+        give_back(self._device)
+
+    def _settle_in_host(self) -> None:
+        self._invite_guests()
+        blocks = list(self._transformer.transformer_blocks)
+        for block in blocks:
+            if self._device.type == "cuda" and hasattr(block, "park"):
+                block.park()  # what it needs once a clip need not come with every call
+        self._streamed = Streamed(self._transformer, blocks, self._device)
+        self.mode = "offload"
 
     @contextmanager
     def at(self, stage: str, placement: Placement, number: int = 0) -> Iterator[None]:
@@ -77,21 +81,12 @@ class Lodging:
                 guest.leave()
 
     def leave(self) -> None:
-        """Everything that can be brought again leaves the device."""
-        if self.mode == "resident":
-            for model in (self._transformer, self._vae, self._upsampler):
-                if model is not None:
-                    model.to(torch.device("cpu"))
+        """All that can leaves the device, to come back for its stages: parts in place are so no longer."""
+        if self.mode in (None, "resident"):
+            self._settle_in_host()
         if self._streamed is not None:
             self._streamed.leave()
         give_back(self._device)
-
-    def come_back(self) -> None:
-        """After `leave`: what is not brought for its stage is there again."""
-        if self.mode == "resident":
-            for model in (self._transformer, self._vae, self._upsampler):
-                if model is not None:
-                    model.to(self._device)
 
     @contextmanager
     def changing_layers(self) -> Iterator[None]:

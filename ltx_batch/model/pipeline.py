@@ -114,14 +114,16 @@ class LtxPipeline:
         self.lodging = Lodging(device, self.transformer, self.vae, self.latent_upsampler)
         self.loras = LoraSwitch(self.transformer, device, changing=self.lodging.changing_layers)
         sizes = measure(self.transformer, self.vae, self.latent_upsampler, policy.name)
-        self.placing = Placing(sizes, partial(self._room, memory_gib), placement, device)
+        self.placing = Placing(
+            sizes, placement, device, room=partial(self._room, memory_gib), mode=lambda: self.lodging.mode
+        )
         modules = {"transformer": self.transformer, "vae": self.vae, "latent_upsampler": self.latent_upsampler}
         self.weights_bytes: Mapping[str, int] = {name: weights_bytes(part) for name, part in modules.items() if part}
         self.turns: Turns | None = None
         if parts.text is not None:
             self.weights_bytes |= {"text_encoder": parts.text.weights_bytes}
             load = partial(TextEncoder.load, parts.text)
-            movable = policy.quantize is None
+            movable = placement in ("auto", "offload")
             self.turns = Turns(device, load, parts.text.weights_bytes, self.lodging, movable=movable)
         encoder = None if text_missed is None else partial(_missed, text_missed)
         self.text = TextSource(device, encoder=encoder if self.turns is None else self.turns.encoder, cache=text_cache)

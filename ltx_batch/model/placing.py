@@ -10,34 +10,42 @@ import torch
 
 from ltx_batch.model.device import give_back
 from ltx_batch.model.memory import ModelSizes, Work
-from ltx_batch.model.placement import Placement, Room, Strain, decide, step_down
+from ltx_batch.model.placement import Mode, Placement, Room, Strain, decide, step_down
 
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 
 class Placing:
-    """`room` tells what memory there is, and is asked when work is first met. `asked` is a placement's name.
+    """`room` tells what memory there is, and is asked when work is first met. `asked` is a placement's name; `mode` how
+    the parts live by now, of which only `resident` may still change.
 
     `told` says, step by step, what running out of memory has changed.
     """
 
-    def __init__(self, sizes: ModelSizes, room: Callable[[], Room], asked: str, device: torch.device) -> None:
+    def __init__(
+        self,
+        sizes: ModelSizes,
+        asked: str,
+        device: torch.device,
+        *,
+        room: Callable[[], Room],
+        mode: Callable[[], Mode | None],
+    ) -> None:
         self.told: list[str] = []
-        self._sizes, self._room, self._asked, self._device = sizes, room, asked, device
+        self._sizes, self._asked, self._device, self._room, self._mode = sizes, asked, device, room, mode
         self._strain = Strain()
-        self._placements: dict[Work, Placement] = {}
+        self._placements: dict[tuple[Work, str], Placement] = {}
 
     def placement(self, work: Work) -> Placement:
         """How this work is done from now on."""
-        if work not in self._placements:
-            found = decide(self._sizes, work, self._room(), self._asked, self._strain)
-            if found.mode != self._asked and found.mode != "resident":
-                self._asked = found.mode  # parts that have left the device come for their stages from now on
-                self._placements.clear()
-            self._placements[work] = found
+        mode = self._mode()
+        asked = self._asked if mode in (None, "resident") else mode
+        if (work, asked) not in self._placements:
+            found = decide(self._sizes, work, self._room(), asked, self._strain)
+            self._placements[work, asked] = found
             log.log(logging.INFO if found.fits else logging.WARNING, "placement %s: %s", found.mode, found.reason)
-        return self._placements[work]
+        return self._placements[work, asked]
 
     def attempt(self, work: Work, stage: Callable[[], str], render: Callable[[Placement], Result]) -> Result:
         """`render` under the work's placement, and once more under a lower one each time it runs out of memory.

@@ -76,21 +76,19 @@ class TextEncoder:
         ids, mask = found.input_ids.to(self.device), found.attention_mask.to(self.device)
         return self.model(input_ids=ids, attention_mask=mask)[0][0, : int(found.attention_mask.sum())]
 
-    def to(self, device: torch.device) -> None:
-        if self._streamed is None:
-            self.model.to(device)
-        elif device == _CPU:
-            self._streamed.leave()
-        else:
-            self._streamed.come()
-        self.device = device
-
     def stream(self, device: torch.device) -> None:
-        """Work on `device` with the blocks in host memory, from where they come one by one, from now on."""
+        """Work on `device`, with the blocks in host memory, from where they come one by one."""
         if self._streamed is None:
             self._streamed = Streamed(self.model, list(self.model.encoder.block), device)
         self._streamed.come()
         self.device = device
+
+    def leave(self) -> None:
+        """Be in host memory alone, and work there until `stream`."""
+        if self._streamed is None:
+            self._streamed = Streamed(self.model, list(self.model.encoder.block), self.device)
+        self._streamed.leave()
+        self.device = _CPU
 
     @property
     def held_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""The text encoder on a CUDA device: there, away, and by turns with the transformer; the frames are the same bits."""
+"""The text encoder on a CUDA device: there, away, and block by block; the frames are the same bits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 
 from ltx_batch import RenderRequest, load_renderer
 from ltx_batch.model import turns
-from ltx_batch.renderer import LtxRenderer
+from ltx_batch.model.device import free_bytes
+from ltx_batch.model.memory import GIB
+from ltx_batch.model.room import room_to_encode
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 pytestmark = pytest.mark.gpu
@@ -23,20 +25,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
-def devices(renderer: LtxRenderer) -> tuple[str, str]:
-    """Where the text encoder and the transformer are."""
-    pipeline = renderer._pipeline
-    assert pipeline.turns is not None and pipeline.turns._encoder is not None
-    return pipeline.turns._encoder.model.device.type, pipeline.transformer.device.type
-
-
 @pytest.mark.parametrize(
     ("free", "encoder", "told"),
     [
         ([PLENTY, PLENTY], "cuda", "on the device: "),
         ([PLENTY, 0], "cpu", "left the device: "),
-        ([0, 0], "cpu", "left the device: "),
-        ([0, PLENTY], "cuda", "on the device, by turns: "),
+        ([2 * GIB, PLENTY], "cuda", "on the device, block by block: "),
+        ([0, PLENTY, PLENTY], "cuda", "on the device, block by block: "),
+        ([0, 2 * GIB, 0], "cpu", "left the device: "),
     ],
 )
 def test_where_the_encoder_is_changes_no_bit(
@@ -44,23 +40,26 @@ def test_where_the_encoder_is_changes_no_bit(
 ) -> None:
     plain = load_renderer(str(tiny), device="cuda").render([REQUEST])[0]
     monkeypatch.setattr(turns, "free_bytes", lambda device: free.pop(0))
+    monkeypatch.setattr(turns, "room_to_encode", lambda free, size: room_to_encode(free, 3 * GIB))
     renderer = load_renderer(str(tiny), device="cuda")
     clip = renderer.render([REQUEST])[0]
     assert clip.frames_sha256() == plain.frames_sha256()
     assert clip.ran["text"]["encoder"] == 2 and free == []
-    assert renderer._pipeline.text_told()["place"].startswith(told)
-    assert devices(renderer) == (encoder, "cuda")
+    pipeline = renderer._pipeline
+    assert clip.ran["text"]["place"].startswith(told)
+    assert pipeline.turns is not None and pipeline.turns._encoder is not None
+    assert pipeline.turns._encoder.device.type == encoder
 
 
 def test_free_memory_counts_what_torch_keeps(tiny: Path) -> None:
     device = torch.device("cuda")
     torch.cuda.empty_cache()
-    free = turns.free_bytes(device)
+    free = free_bytes(device)
     block = torch.empty(2**28, dtype=torch.uint8, device=device)
-    held = turns.free_bytes(device)
+    held = free_bytes(device)
     del block
     assert free is not None and held is not None
-    assert free - held >= 2**28 and turns.free_bytes(device) > held, "freed, though the driver has not got it back"
+    assert free - held >= 2**28 and free_bytes(device) > held, "freed, though the driver has not got it back"
 
 
 def test_an_embedding_of_the_cache_is_the_encoders(tiny: Path, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from ltx_batch.driver import RunOptions, encode, run
 from ltx_batch.errors import CheckpointError, EmbeddingMissing, JobError
 from ltx_batch.job import JobSpec
 from ltx_batch.model import turns
+from ltx_batch.model.memory import GIB
 from ltx_batch.model.noise import row_noise
 from ltx_batch.model.pipeline import Row, Stopwatch
 from ltx_batch.model.text import Text, TextEncoder, find_text
@@ -178,20 +179,13 @@ def test_a_cached_text_asks_for_no_encoder(encoder: TextEncoder, cache: TextCach
 
 
 class Rest:
-    """The other parts: 64 bytes, and where they are sent."""
+    """The other parts: 64 bytes, until they are sent away."""
 
     def __init__(self) -> None:
-        self.trips: list[str] = []
-
-    @property
-    def held_bytes(self) -> int:
-        return 0 if self.trips[-1:] == ["away"] else 64
+        self.held_bytes = 64
 
     def leave(self) -> None:
-        self.trips.append("away")
-
-    def come_back(self) -> None:
-        self.trips.append("back")
+        self.held_bytes = 0
 
 
 @pytest.fixture
@@ -199,78 +193,77 @@ def rest() -> Rest:
     return Rest()
 
 
+@pytest.fixture
+def own(tiny: Path) -> TextEncoder:
+    """One for a test of its own, which it may send to and fro."""
+    return TextEncoder.load(find_text(tiny, "float32"), CPU)
+
+
 def make_turns(encoder: TextEncoder, rest: Rest, free: list[int], patch: pytest.MonkeyPatch, **more: Any) -> Turns:
-    """A device of which `free` tells what is left, asked in this order."""
+    """A device of which `free` tells what is left, asked in this order. The encoder has 2 GiB and wants 3, or 2 block by
+    block."""
     patch.setattr(turns, "free_bytes", lambda device: free.pop(0))
 
     def load(device: torch.device) -> TextEncoder:
-        encoder.to(device)
+        encoder.device = device
         return encoder
 
-    return Turns(DEVICE, load, 2**30, rest, **more)
+    return Turns(DEVICE, load, 2 * GIB, rest, **more)
 
 
 def test_an_encoder_that_fits_stays_beside_the_others(
-    encoder: TextEncoder, rest: Rest, monkeypatch: pytest.MonkeyPatch
+    own: TextEncoder, rest: Rest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = make_turns(encoder, rest, [2**31, 100], monkeypatch)
+    both = make_turns(own, rest, [3 * GIB, 100], monkeypatch)
     assert both.encoder().device == DEVICE
     both.let_others_work(150)
-    assert both.encoder().device == DEVICE and rest.trips == []
-    assert both.told == "on the device: the text encoder wants 2.0 GiB, 2.0 GiB are free"
+    assert both.encoder().device == DEVICE and rest.held_bytes == 64
+    assert both.told == "on the device: the text encoder wants 3.0 GiB, 3.0 GiB are free"
 
 
-def test_an_encoder_leaves_when_a_render_wants_its_place(
-    encoder: TextEncoder, rest: Rest, monkeypatch: pytest.MonkeyPatch
+def test_an_encoder_leaves_when_a_render_wants_its_place_and_comes_back_block_by_block(
+    encoder: TextEncoder, own: TextEncoder, rest: Rest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = make_turns(encoder, rest, [2**31, 100, 2**31], monkeypatch)
-    both.encoder()
+    expected = encoder.encode("a red circle")
+    both = make_turns(own, rest, [3 * GIB, 100, 3 * GIB, 100], monkeypatch)
+    assert torch.equal(both.encoder().encode("a red circle"), expected)
     both.let_others_work(160)
-    assert encoder.device == CPU and rest.trips == []
+    assert own.device == CPU and rest.held_bytes == 64
     assert both.told.startswith("left the device: rendering this size wants")
     both.let_others_work(160)
-    assert both.encoder().device == DEVICE, "it comes back for the next text"
+    assert torch.equal(both.encoder().encode("a red circle"), expected)
+    assert own.device == DEVICE and both.held_bytes > 0
+    assert both.told.startswith("on the device, block by block")
+    both.let_others_work(160)
+    assert both.held_bytes == 0
 
 
-def test_the_others_give_way_to_an_encoder_and_come_back(
-    encoder: TextEncoder, rest: Rest, monkeypatch: pytest.MonkeyPatch
+def test_an_encoder_that_does_not_fit_comes_block_by_block(
+    encoder: TextEncoder, own: TextEncoder, rest: Rest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = make_turns(encoder, rest, [2**31 - 1, 2**31, 2**31, 0], monkeypatch)
-    both.encoder()
-    assert rest.trips == ["away"] and ", by turns: " in both.told
-    both.let_others_work(2**30)
-    assert rest.trips == ["away", "back"] and encoder.device == DEVICE
-    both.let_others_work(0)
-    assert rest.trips == ["away", "back"]
+    both = make_turns(own, rest, [3 * GIB - 1], monkeypatch)
+    assert torch.equal(both.encoder().encode("a red circle"), encoder.encode("a red circle"))
+    assert own.device == DEVICE and rest.held_bytes == 64
+    assert both.told == "on the device, block by block: the text encoder wants 3.0 GiB, 3.0 GiB are free"
+
+
+def test_the_others_leave_where_not_even_blocks_fit(
+    encoder: TextEncoder, own: TextEncoder, rest: Rest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = make_turns(own, rest, [2 * GIB - 1, 2 * GIB], monkeypatch)
+    assert torch.equal(both.encoder().encode("a red circle"), encoder.encode("a red circle"))
+    assert own.device == DEVICE and rest.held_bytes == 0
 
 
 @pytest.mark.parametrize("movable", [True, False])
-def test_an_encoder_that_does_not_fit_comes_block_by_block(
-    tiny: Path, rest: Rest, movable: bool, monkeypatch: pytest.MonkeyPatch
+def test_else_the_encoder_works_on_the_cpu(
+    encoder: TextEncoder, own: TextEncoder, rest: Rest, movable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, streamed = (TextEncoder.load(find_text(tiny, "float32"), CPU) for _ in range(2))
-    expected = whole.encode("a red circle")
-    free = [2**31 - 1, 2**31 - 1, 0, 2**31 - 1, 2**31 - 1] if movable else [2**31, 0, 2**31]
-    both = make_turns(streamed, rest, free, monkeypatch, movable=movable)
-    both._encoder_bytes = 2**31
-    monkeypatch.setattr(turns, "STREAMED_BYTES", 2**31 - 1)
-    for _ in range(2):
-        assert torch.equal(both.encoder().encode("a red circle"), expected)
-        assert streamed.device == DEVICE and both.held_bytes > 0
-        assert rest.trips.count("away") == movable * (1 + rest.trips.count("back"))
-        if free:
-            both.let_others_work(100)
-            assert both.held_bytes == 0
-    assert both.told.startswith("on the device, block by block: the text encoder wants 3.0 GiB")
-
-
-def test_where_not_even_a_block_fits_the_encoder_works_on_the_cpu(
-    encoder: TextEncoder, rest: Rest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    both = make_turns(encoder, rest, [2**31 - 1], monkeypatch, movable=False)
-    assert both.encoder().device == CPU
+    both = make_turns(own, rest, [2 * GIB - 1] * (1 + movable), monkeypatch, movable=movable)
+    assert torch.equal(both.encoder().encode("a red circle"), encoder.encode("a red circle"))
     both.let_others_work(10**15)
-    assert rest.trips == [] and both.told.startswith("on the CPU: the text encoder wants 2.0 GiB")
+    assert own.device == CPU and rest.held_bytes == (0 if movable else 64)
+    assert both.told.startswith("on the CPU: the text encoder wants 3.0 GiB")
 
 
 # renderers
