@@ -39,14 +39,15 @@ class FakeRenderer:
     def prepare(self, request: RenderRequest) -> RenderRequest:
         return request
 
-    def render(self, requests: Sequence[RenderRequest]) -> list[Clip]:
+    def render(self, requests: Sequence[RenderRequest], *, unquantised: bool = False) -> list[Clip]:
         started_s = time.perf_counter()
         for request in requests:
             _play(request.prompt)
         frames = [_bars(request) for request in requests]
         seconds = (time.perf_counter() - started_s) / len(requests)
+        ran = {"precision": self.precision, "device": self.device, "degraded": unquantised}
         return [
-            Clip(pixels, request.frame_rate, {"denoise": seconds}, {"precision": self.precision, "device": self.device})
+            Clip(pixels, request.frame_rate, {"denoise": seconds}, dict(ran))
             for request, pixels in zip(requests, frames, strict=True)
         ]
 

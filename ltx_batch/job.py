@@ -66,6 +66,12 @@ class ModelSpec(_Section):
         0.0, ge=0, description="bnb-int8 only: outlier threshold; 0 turns the decomposition off"
     )
     skip_modules: tuple[str, ...] = Field((), description="more name patterns of linear layers that stay unquantised")
+    hadamard_group: Literal[0, 64, 256] | None = Field(
+        None, description="int8 only: inputs that are rotated together before rounding; 0 for none, None: 64"
+    )
+    keep_blocks: int | None = Field(
+        None, ge=0, description="blocks at each end that stay unquantised; None: one in fourteen"
+    )
     loras: tuple[LoraSpec, ...] = Field(
         (), description="LoRA files of rows that have none of their own: path and weight, or PATH[:WEIGHT]"
     )

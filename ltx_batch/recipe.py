@@ -41,6 +41,9 @@ def make_recipe(job: JobSpec) -> dict[str, Any]:
         recipe["llm_int8_threshold"] = model.llm_int8_threshold
     if model.skip_modules:
         recipe["skip_modules"] = sorted(model.skip_modules)
+    for name in ("hadamard_group", "keep_blocks"):
+        if (value := getattr(model, name)) is not None:
+            recipe[name] = value
     return recipe
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,8 +49,9 @@ class Renderer(Protocol):
         """
         ...
 
-    def render(self, requests: Sequence[RenderRequest]) -> list[Clip]:
-        """Clips of requests that share one `batch_key()`, in order."""
+    def render(self, requests: Sequence[RenderRequest], *, unquantised: bool = False) -> list[Clip]:
+        """Clips of requests that share one `batch_key()`, in order. `unquantised`: what the model's precision rounds to
+        8 bits is not rounded this time. Raises NotFinite where that may help."""
         ...
 
     def close(self) -> None: ...
@@ -96,12 +98,14 @@ class LtxRenderer:
 
         return preprocess_request(load_media(request, self._options), self._preprocess)
 
-    def render(self, requests: Sequence[RenderRequest]) -> list[Clip]:
-        """Clips in order; a stage's seconds are shared evenly among the clips of a batch.
+    def render(self, requests: Sequence[RenderRequest], *, unquantised: bool = False) -> list[Clip]:
+        """Clips in order; a stage's seconds are shared evenly among the clips of a batch. `unquantised`: by a transformer
+        that is loaded for this call alone, and such clips are marked degraded.
 
         Media may be uint8 arrays, paths or URIs. Raises ValueError where the requests do not share a batch key,
         InvalidRow where one breaks a rule of the model, MediaError where media are unreadable or too short,
-        EmbeddingMissing where the text cache lacks a prompt and there is no text encoder.
+        EmbeddingMissing where the text cache lacks a prompt and there is no text encoder, NotFinite where the model's
+        numbers overflow.
         """
         from ltx_batch.model.render import render_batch
 
@@ -109,7 +113,10 @@ class LtxRenderer:
             raise ValueError("the requests of one render call must share their batch_key()")
         plans = [self.plan(request) for request in requests]
         prepared = [self._with_media(request) for request in requests]
-        return render_batch(self._pipeline, plans[0], prepared, self._preprocess) if requests else []
+        if not requests:
+            return []
+        with self._pipeline.unquantised() if unquantised else nullcontext():
+            return render_batch(self._pipeline, plans[0], prepared, self._preprocess)
 
     def trace(
         self,
@@ -167,6 +174,8 @@ def load_renderer(
     condition_preprocess: str | None = None,
     llm_int8_threshold: float = 0.0,
     skip_modules: Sequence[str] = (),
+    hadamard_group: int | None = None,
+    keep_blocks: int | None = None,
     torch_threads: int | None = None,
     options: Mapping[str, Any] | None = None,
     text: str = "inline",
@@ -179,7 +188,8 @@ def load_renderer(
     holds, else the official base defaults. `text_encoder` and `upsampler` name what the checkpoint has not, or what takes
     the place of its own: see `find_sources`. A text encoder that is not named and cannot be had is missed when a text is
     first encoded, and never where embeddings are given. `condition_preprocess` is none or official; None: what `resolve_preprocess`
-    says. `placement` is auto, resident, offload or sharded, `device_memory_gib` how much of each GPU may be used. `torch_threads` pins torch's CPU threads, on which pixels hang; `options` are fsspec options for URIs.
+    says. `llm_int8_threshold`, `skip_modules`, `hadamard_group` and `keep_blocks` bend the precision: see `Precision`.
+    `placement` is auto, resident, offload or sharded, `device_memory_gib` how much of each GPU may be used. `torch_threads` pins torch's CPU threads, on which pixels hang; `options` are fsspec options for URIs.
     `text_cache` is a folder or URI of embeddings, which are read from it and, with `text` inline, added to it; with
     `text` precomputed no text encoder is ever loaded. `text_fingerprint` spares hashing its files: see
     `encoder_fingerprint`. Raises CheckpointError, PrecisionError or JobError before any weight is loaded, where it can.
@@ -194,7 +204,14 @@ def load_renderer(
     place = pick_device(device)
     sources, config = _find(checkpoint, pipeline_config, text_encoder, upsampler, options)
     name = resolve_precision(precision, place.type, config)
-    chosen = policy.precision(name, place.type, threshold=llm_int8_threshold, skip=tuple(skip_modules))
+    chosen = policy.precision(
+        name,
+        place.type,
+        threshold=llm_int8_threshold,
+        skip=tuple(skip_modules),
+        hadamard_group=hadamard_group,
+        keep_blocks=keep_blocks,
+    )
     cache = None
     if text_cache is not None:
         fingerprint = text_fingerprint or encoder_fingerprint(sources.text_hashes(options))

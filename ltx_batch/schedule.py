@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ltx_batch.costs import CostModel
+from ltx_batch.errors import NotFinite
 from ltx_batch.job import AttemptPolicy
 from ltx_batch.record import RenderRecord
 from ltx_batch.request import RenderRequest
@@ -33,6 +34,7 @@ class Task:
     priority: int = 0
     attempt: int = 1
     failed_on: tuple[str, ...] = ()  # workers on which it raised: another one goes first
+    unquantised: bool = False  # its numbers overflowed: from now on it is rendered in 16 bits or more
 
 
 @dataclass(frozen=True, slots=True)
@@ -309,7 +311,12 @@ class Schedule:
         facts = _facts(task, record.error_class or "error", record.error or "", record.worker or "", True)
         attempts = ((task.key, facts),)
         if record.retryable and task.attempt < self.policy.max_attempts:
-            again = replace(task, attempt=task.attempt + 1, failed_on=(*task.failed_on, worker))
+            again = replace(
+                task,
+                attempt=task.attempt + 1,
+                failed_on=(*task.failed_on, worker),
+                unquantised=task.unquantised or record.error_class == NotFinite.__name__,
+            )
             self._again.append(WorkUnit(self._next_id, (again,)))
             self._next_id += 1
             return Verdict(attempts=attempts)

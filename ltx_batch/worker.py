@@ -37,7 +37,7 @@ from ltx_batch.request import RenderRequest
 from ltx_batch.schedule import Task, WorkUnit
 from ltx_batch.storage import Storage
 
-_VERSIONED = ("ltx-batch", "torch", "diffusers", "transformers", "bitsandbytes", "imageio-ffmpeg", "numpy")
+_VERSIONED = ("ltx-batch", "torch", "diffusers", "transformers", "bitsandbytes", "triton", "imageio-ffmpeg", "numpy")
 _MESSAGE_CHARS = 2000
 
 
@@ -108,7 +108,8 @@ class Worker:
         try:
             with self._rendering:
                 started_s = time.perf_counter()
-                clips = self._renderer.render([request for _, request, _ in ready])
+                unquantised = any(task.unquantised for task, _, _ in ready)
+                clips = self._renderer.render([request for _, request, _ in ready], unquantised=unquantised)
                 render_s = (time.perf_counter() - started_s) / len(ready)
         except Exception as error:
             records |= {task.key: self._failure(task, error) for task, _, _ in ready}
@@ -219,6 +220,8 @@ def open_renderer(plan: WorkerPlan) -> Renderer:
         condition_preprocess=plan.job.condition_preprocess,
         llm_int8_threshold=model.llm_int8_threshold,
         skip_modules=model.skip_modules,
+        hadamard_group=model.hadamard_group,
+        keep_blocks=model.keep_blocks,
         torch_threads=plan.job.worker.torch_threads,
         options=plan.job.storage.options,
         text="inline" if plan.job.text == "inline" else "precomputed",

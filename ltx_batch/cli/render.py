@@ -42,7 +42,7 @@ def render(
     text_encoder: Annotated[str | None, typer.Option(help="For a checkpoint without one: folder, URI, hub id.")] = None,
     upsampler: Annotated[str | None, typer.Option(help="Spatial upscaler, for multi-scale pipelines.")] = None,
     pipeline_config: Annotated[str | None, typer.Option(help="A preset's name, or an official YAML.")] = None,
-    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, bnb-int8.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, int8, int8-weight, fp8, bnb-int8.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     as_json: AsJson = False,
 ) -> int:

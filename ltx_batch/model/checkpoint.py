@@ -124,6 +124,14 @@ def load_checkpoint(
     )
 
 
+def load_transformer(place: Path, dtype: torch.dtype) -> Any:
+    """The transformer alone, of a folder or a file, in host memory. Raises CheckpointError."""
+    part = open_checkpoint(place).transformer
+    model = build("transformer", part)
+    fill(model, part.tensors, dtype, _CPU)
+    return model
+
+
 def build(name: str, part: Part) -> Any:
     """The model of that name on the meta device, ready for its weights, which fit it. Raises CheckpointError."""
     try:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -58,6 +59,9 @@ class Streamed:
         if staying is None:
             self._rest.leave()
 
-    def repack(self) -> None:
-        """Take over what was changed in the blocks; of the rest, only numbers may have been."""
+    @contextmanager
+    def changing_layers(self) -> Iterator[None]:
+        """Within it, layers of the blocks may be changed, and numbers of the rest, where they lie in host memory."""
+        self.leave()
+        yield
         self._blocks.repack()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ltx_batch.errors import CheckpointError, JobError
-from ltx_batch.model.checkpoint import load_checkpoint
+from ltx_batch.model.checkpoint import load_checkpoint, load_transformer
 from ltx_batch.model.device import gpus, limit_memory, room
 from ltx_batch.model.parts import open_checkpoint
 from ltx_batch.model.pipeline import LtxPipeline
@@ -56,6 +57,7 @@ def load_pipeline(
         placement=placement,
         home=home,
         memory_gib=memory_gib,
+        unquantised=partial(load_transformer, checkpoint, getattr(torch, policy.dtype)) if policy.quantize else None,
         text_missed=text if isinstance(text, CheckpointError) else None,
         text_cache=text_cache,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -28,14 +28,15 @@ class Lodging:
         self._device = device
         self._transformer, self._vae, self._upsampler = transformer, vae, upsampler
         self._streamed: Streamed | None = None
+        self._stand_in: Streamed | None = None
         self._guests: dict[str, Guest] = {}
 
     @property
     def held_bytes(self) -> int:
         """Weights on the device."""
         if self.mode == "offload":
-            streamed = 0 if self._streamed is None else self._streamed.held_bytes
-            return streamed + sum(guest.held_bytes for guest in self._guests.values())
+            streamed = [one.held_bytes for one in (self._streamed, self._stand_in) if one is not None]
+            return sum(streamed) + sum(guest.held_bytes for guest in self._guests.values())
         models = [self._transformer, self._vae, *([self._upsampler] if self._upsampler is not None else [])]
         return sum(bytes_on(model, self._device) for model in models)
 
@@ -67,7 +68,9 @@ class Lodging:
     @contextmanager
     def at(self, stage: str, placement: Placement, number: int = 0) -> Iterator[None]:
         """Within it, what works in `stage` is on the device: in `denoise` the transformer, for the pass of that number."""
-        if self._streamed is not None and stage == "denoise":
+        if self._stand_in is not None:
+            self._stand_in.come() if stage == "denoise" else self._stand_in.leave()
+        elif self._streamed is not None and stage == "denoise":
             self._streamed.come(placement.passes[number].kept_blocks)
         elif self._streamed is not None:
             self._streamed.leave(placement.beside[stage])
@@ -91,11 +94,19 @@ class Lodging:
     @contextmanager
     def changing_layers(self) -> Iterator[None]:
         """Within it, layers of the transformer may be changed, wherever they lie."""
-        if self._streamed is not None:
-            self._streamed.leave()
-        yield
-        if self._streamed is not None:
-            self._streamed.repack()
+        with nullcontext() if self._streamed is None else self._streamed.changing_layers():
+            yield
+
+    @contextmanager
+    def in_its_place(self, other: Streamed) -> Iterator[None]:
+        """Within it, `other` works in the transformer's place, with no block on the device to stay."""
+        self.leave()
+        self._stand_in = other
+        try:
+            yield
+        finally:
+            self._stand_in = None
+            other.leave()
 
     def _invite_guests(self) -> None:
         if not self._guests:

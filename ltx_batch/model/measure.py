@@ -7,13 +7,12 @@ from typing import Any
 from torch import nn
 
 from ltx_batch.model.memory import ModelSizes
-from ltx_batch.model.quantize.bnb import scale_bytes
+from ltx_batch.model.quantize.swap import stored_bytes
 
 
 def weights_bytes(module: nn.Module) -> int:
     """Parameters, buffers, and the scales that bitsandbytes keeps beside them."""
-    held = [*module.parameters(), *module.buffers()]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held) + scale_bytes(module)
+    return stored_bytes(module)
 
 
 def measure(transformer: Any, vae: Any, upsampler: Any | None, precision: str) -> ModelSizes:

@@ -20,6 +20,7 @@ from ltx_batch.model.conditioning import encode_media, in_tiles, start_tokens
 from ltx_batch.model.decode import decode_row
 from ltx_batch.model.denoise import denoise_pass
 from ltx_batch.model.device import device_name, give_back, room
+from ltx_batch.model.guests import Streamed
 from ltx_batch.model.latents import from_tokens
 from ltx_batch.model.lodging import Lodging
 from ltx_batch.model.lora import LoraSwitch
@@ -31,8 +32,9 @@ from ltx_batch.model.placement import Placement, Room
 from ltx_batch.model.placing import Placing
 from ltx_batch.model.plan import PassPlan, Plan
 from ltx_batch.model.preprocess import ConditionItem
-from ltx_batch.model.quantize.bnb import quantize_blocks
+from ltx_batch.model.quantize.apply import apply_policy
 from ltx_batch.model.quantize.policy import Precision
+from ltx_batch.model.quantize.text_rows import text_kept
 from ltx_batch.model.sigmas import SchedulerConfig
 from ltx_batch.model.text import Text, TextEncoder
 from ltx_batch.model.text_cache import TextCache
@@ -93,19 +95,20 @@ class LtxPipeline:
         placement: str = "auto",
         home: torch.device | None = None,
         memory_gib: float | None = None,
+        unquantised: Callable[[], Any] | None = None,
         text_missed: CheckpointError | None = None,
         text_cache: TextCache | None = None,
     ) -> None:
         """Takes `parts` over: they are quantised as `policy` says and lie at `home`, by default on the device, until the
-        first plan and `placement` decide how they live. `memory_gib` is what may be used of the device. `text_missed` is
+        first plan and `placement` decide how they live. `memory_gib` is what may be used of the device. `unquantised` loads the transformer as it was before, into host
+        memory. `text_missed` is
         what to raise when parts have no text encoder and one is asked for."""
         if policy.name == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in the VAE's convolutions too
         home = home or device
-        quantized: dict[str, Any] = {}
-        if policy.quantize == "bnb-int8":
-            quantized = quantize_blocks(parts.transformer, policy, home)
+        quantized = apply_policy(parts.transformer, parts.vae, policy, home)
         self.device = device
+        self._load_unquantised = unquantised
         self.scheduler: SchedulerConfig = parts.scheduler
         self._causal, self._timestep_scale = parts.causal_positions, parts.timestep_scale
         self.transformer, self.vae = parts.transformer.to(home), parts.vae.to(home)
@@ -171,17 +174,36 @@ class LtxPipeline:
         with watch.stage("text"):
             self._make_room(work)
         latents: list[torch.Tensor] = []
-        for one in plan.passes:
-            attempt = partial(self._pass, one, plan, rows, watch, latents[-1] if latents else None)
-            latents.append(self.placing.attempt(work, lambda: watch.at, attempt))
-            if not torch.isfinite(latents[-1]).all():
-                raise NotFinite(f"the latents are not finite after {one.name}; {self._advice()}")
+        with text_kept(self.transformer):
+            for one in plan.passes:
+                attempt = partial(self._pass, one, plan, rows, watch, latents[-1] if latents else None)
+                latents.append(self.placing.attempt(work, lambda: watch.at, attempt))
+                if not torch.isfinite(latents[-1]).all():
+                    raise NotFinite(f"the latents are not finite after {one.name}; {self._advice()}")
         frames = [
             self.placing.attempt(work, lambda: watch.at, partial(self._decode, found, plan, row, watch, finish))
             for found, row in zip(latents[-1].split(1), rows, strict=True)
         ]
         self._tell(self.placing.placement(work))
         return Rendered(tuple(latents), tuple(frames))
+
+    @contextmanager
+    def unquantised(self) -> Iterator[None]:
+        """Within it, the transformer's layers are not quantised: it is loaded anew, streamed from host memory, and given
+        back at the end. Raises NotFinite where the transformer is not quantised, or not to be had otherwise."""
+        if self._load_unquantised is None:
+            raise NotFinite(f"there is no other precision to render in; {self._advice()}")
+        usual = self.transformer, self.attention, self.loras, self.ran
+        self.transformer = self._load_unquantised()
+        streamed = Streamed(self.transformer, list(self.transformer.transformer_blocks), self.device)
+        self.attention = use_kernel(self.transformer)
+        self.loras = LoraSwitch(self.transformer, self.device, changing=streamed.changing_layers)
+        self.ran = {**self.ran, "unquantised": True}
+        try:
+            with self.lodging.in_its_place(streamed):
+                yield
+        finally:
+            self.transformer, self.attention, self.loras, self.ran = usual
 
     def text_told(self) -> dict[str, Any]:
         """Where the embeddings came from since this was last asked, and where the encoder is and why."""
@@ -312,7 +334,7 @@ class LtxPipeline:
         self.ran |= {
             "attention": self.attention.name,
             "tiling": str(placement.decode_tiles) if placement.decode_tiles else False,
-            "degraded": placement.degraded,
+            "degraded": placement.degraded or "unquantised" in self.ran,
             "placement": placement.ran,
         }
         if self.placing.told:
@@ -327,9 +349,9 @@ class LtxPipeline:
         give_back(self.device)
 
     def _advice(self) -> str:
-        if self.ran["precision"] == "bnb-int8":
-            return "bitsandbytes computes in fp16, which overflows at 65504: use precision bf16, or skip_modules"
-        return "are the weights whole?"
+        if self._load_unquantised is None or "unquantised" in self.ran:
+            return "are the weights whole?"
+        return "another attempt renders it without quantisation; where that is often, use precision bf16"
 
 
 def work_of(plan: Plan, rows: Sequence[Row]) -> Work:

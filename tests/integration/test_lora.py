@@ -21,8 +21,8 @@ from ltx_batch.model.layers import transformer_layers
 from ltx_batch.model.lora import Adapter, LoraSwitch, apply_loras, linear_shapes, load_adapter
 from ltx_batch.model.measure import weights_bytes
 from ltx_batch.model.pipeline import Stopwatch
-from ltx_batch.model.quantize.bnb import quantize_blocks
 from ltx_batch.model.quantize.policy import precision
+from ltx_batch.model.quantize.swap import quantize_model
 from ltx_batch.request import LoraRef
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -180,7 +180,7 @@ def test_fused_and_applied_agree(tmp_path: Path, loaded: Any) -> None:
 
 def test_quantised_layers_keep_their_bytes_and_get_a_branch(tmp_path: Path, loaded: Any) -> None:
     quantized, exact = copy.deepcopy(loaded), copy.deepcopy(loaded)
-    quantize_blocks(quantized, precision("bnb-int8", "cpu"), CPU)
+    quantize_model(quantized, precision("bnb-int8", "cpu"), CPU)
     plain, bytes_before = forward(quantized), weights_bytes(quantized)
     codes = {name: layer.weight.clone() for name, layer in quantized.named_modules() if hasattr(layer, "state")}
     files = [adapter(write_lora(tmp_path / "a.safetensors", pairs_for(loaded)))]

@@ -323,7 +323,7 @@ def test_latents_that_are_not_finite_are_an_error(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"precision": "int8"}, PrecisionError, "not built yet; what works: auto, fp32, bf16, bnb-int8"),
+        ({"precision": "int8", "hadamard_group": 32}, PrecisionError, "must be one of 0, 64, 256"),
         ({"precision": "half"}, PrecisionError, "unknown precision"),
         ({"placement": "sharded"}, JobError, "wants several GPUs in one worker: set worker.num_gpus"),
         ({"placement": "moon"}, JobError, "unknown placement 'moon'; what works: auto, resident, offload, sharded"),
