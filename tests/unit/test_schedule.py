@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ltx_batch.costs import CostModel
@@ -324,6 +326,18 @@ def test_predictions_scale_unseen_shapes_by_their_work() -> None:
 )
 def test_the_breaker(ok_rows: int, failed_rows: int, fraction: float | None, trips: bool) -> None:
     assert bool(Breaker(20, fraction).tripped(ok_rows, failed_rows)) is trips
+
+
+def test_numbers_that_overflow_are_rendered_without_quantisation_from_then_on() -> None:
+    bench = Bench(max_attempts=4)
+    bench.schedule.add([task("a")])
+    asked = []
+    for error_class in ("ValueError", "NotFinite", "ValueError", None):
+        unit = bench.schedule.next("a", 0.0)
+        assert unit is not None
+        asked.append(unit.tasks[0].unquantised)
+        bench.finish(ok("a") if error_class is None else replace(failed("a"), error_class=error_class))
+    assert asked == [False, False, True, True]
 
 
 def test_a_row_that_raised_goes_to_another_worker_first() -> None:

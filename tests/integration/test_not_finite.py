@@ -1,0 +1,82 @@
+"""Numbers that overflow under quantisation: the attempt fails, and the next one renders without it, marked degraded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from job_runs import check_output, ledger_of, make_job, read_records, write_manifest
+
+from ltx_batch import RenderRequest, load_renderer
+from ltx_batch.driver import run
+from ltx_batch.errors import NotFinite
+from ltx_batch.model import pipeline
+from tests.tiny_checkpoint import write_tiny_checkpoint
+
+CONFIG = "timesteps: [1.0, 0.7]\nguidance_scale: 1\n"
+REQUEST = RenderRequest(prompt="a red circle", height=32, width=32, num_frames=9, seed=7)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"), pipeline_config=CONFIG)
+
+
+@pytest.fixture
+def overflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantised models have an infinity in their last layer: on a CPU no product overflows by itself."""
+    apply_policy = pipeline.apply_policy
+
+    def spoil(transformer: Any, vae: Any, policy: Any, device: torch.device) -> dict[str, Any]:
+        found = apply_policy(transformer, vae, policy, device)
+        if policy.quantize is not None:
+            transformer.proj_out.bias.fill_(torch.inf)
+        return found
+
+    monkeypatch.setattr(pipeline, "apply_policy", spoil)
+
+
+@pytest.mark.parametrize("precision", ["bnb-int8", "int8"])
+@pytest.mark.usefixtures("overflow")
+def test_an_overflow_is_rendered_without_quantisation(tiny: Path, precision: str) -> None:
+    plain = load_renderer(str(tiny), device="cpu").render([REQUEST])[0]
+    quantised = load_renderer(str(tiny), device="cpu", precision=precision)
+    for _ in range(2):
+        with pytest.raises(NotFinite, match="not finite after pass1; another attempt renders it without quantisation"):
+            quantised.render([REQUEST])
+        clip = quantised.render([REQUEST], unquantised=True)[0]
+        assert clip.frames_sha256() == plain.frames_sha256()
+        assert clip.ran["degraded"] is True and clip.ran["unquantised"] is True
+        assert clip.ran["precision"] == precision, "what the row was asked to be"
+    assert quantised._pipeline.lodging._stand_in is None and not plain.ran["degraded"]
+
+
+def test_without_quantisation_there_is_nothing_else_to_try(tiny: Path) -> None:
+    renderer = load_renderer(str(tiny), device="cpu")
+    renderer._pipeline.transformer.proj_out.bias.fill_(torch.inf)
+    with pytest.raises(NotFinite, match="not finite after pass1; are the weights whole"):
+        renderer.render([REQUEST])
+    with pytest.raises(NotFinite, match="no other precision to render in"):
+        renderer.render([REQUEST], unquantised=True)
+
+
+@pytest.mark.usefixtures("overflow")
+def test_a_run_ends_well_and_tells_both_attempts(tiny: Path, tmp_path: Path) -> None:
+    job = make_job(
+        write_manifest(tmp_path, ["a red circle", "a blue square"]),
+        tmp_path / "out",
+        model={"renderer": "ltx", "checkpoint": str(tiny), "precision": "bnb-int8"},
+        workers=0,
+    )
+    summary = run(job)
+    assert (summary.exit_code, summary.ok) == (0, 2)
+    check_output(job, summary.run)
+    ledger = ledger_of(job)
+    for record in read_records(job).values():
+        assert (record.attempts, record.degraded, record.ran["unquantised"]) == (2, True, True)
+        told = ledger.read_attempt(summary.run, record.key, 1)
+        assert told["cause"] == "NotFinite" and "without quantisation" in told["error"]
+        assert json.loads(record.to_json())["ran"]["placement"]["mode"] == "offload"
