@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ltx_batch.admission import Admission
@@ -12,9 +12,11 @@ from ltx_batch.errors import CheckpointError, InvalidRow
 from ltx_batch.job import JobSpec
 from ltx_batch.ledger import Ledger
 from ltx_batch.manifest import Manifest, resolve_rows
+from ltx_batch.model.forecast import Forecast, forecast, room_of, work_of_request
+from ltx_batch.model.memory import Work
 from ltx_batch.model.plan import Plan
 from ltx_batch.recipe import job_precision, make_recipe, run_id
-from ltx_batch.renderer import job_planner
+from ltx_batch.renderer import job_planner, job_sizes
 from ltx_batch.request import RenderRequest
 from ltx_batch.tally import Tally
 from ltx_batch.worker import open_output
@@ -38,7 +40,8 @@ class Pass:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Rows of one size that take the same passes. `new` of them have no clip yet; None where that is not known."""
+    """Rows of one size that take the same passes. `new` of them have no clip yet, `memory` is what the largest takes of a
+    GPU; None where that is not known."""
 
     height: int
     width: int
@@ -46,6 +49,10 @@ class Shape:
     rows: int
     new: int | None
     passes: tuple[Pass, ...]
+    memory: Forecast | None = None
+
+
+Kind = tuple[Size, tuple[Pass, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +95,7 @@ def make_plan(job: JobSpec) -> JobPlan:
     """Raises JobError or ManifestError where nothing could be planned."""
     manifest = Manifest.open(job.manifest, options=job.storage.options)
     ledger = Ledger(open_output(job))
-    shapes, invalid = _shapes(job, manifest)
+    shapes, works, invalid = _shapes(job, manifest)
     found = _compare(job, manifest, ledger)
     known = found.new is not None
     new = found.new or Counter()
@@ -97,7 +104,7 @@ def make_plan(job: JobSpec) -> JobPlan:
         done=found.done if known else None,
         failed=found.failed if known else None,
         invalid=invalid,
-        shapes=tuple(_with_new(shapes, new if known else None)),
+        shapes=tuple(_with_memory(job, works, _with_new(shapes, new if known else None))),
         estimate=_estimate(job, ledger, found.recipe, new) if known else Estimate(note=found.note),
         note=found.note,
     )
@@ -106,29 +113,56 @@ def make_plan(job: JobSpec) -> JobPlan:
 # shapes
 
 
-def _shapes(job: JobSpec, manifest: Manifest) -> tuple[Counter[tuple[Size, tuple[Pass, ...]]], int]:
-    """Rows by size and passes, and how many rows break a rule."""
+def _shapes(job: JobSpec, manifest: Manifest) -> tuple[Counter[Kind], dict[Kind, Work], int]:
+    """Rows by size and passes, the most work of each kind, and how many rows break a rule."""
     planner = job_planner(job.model, job.storage.options)
-    counts: Counter[tuple[Size, tuple[Pass, ...]]] = Counter()
+    counts: Counter[Kind] = Counter()
+    works: dict[Kind, Work] = {}
     invalid = 0
     for shard in manifest.shards(job.shard_rows):
         for row in resolve_rows(manifest.read(shard), manifest=manifest, shard=shard, defaults=job.defaults):
             try:
-                passes = _passes(row.request, planner)
+                plan = _plan(row.request, planner)
             except InvalidRow:
                 invalid += 1
-            else:
-                counts[_size(row.request), passes] += 1
-    return counts, invalid
+                continue
+            assert row.request is not None
+            kind = _size(row.request), _passes(plan)
+            counts[kind] += 1
+            work = work_of_request(row.request, plan, job.batch_size)
+            works[kind] = _larger(works.get(kind, work), work)
+    return counts, works, invalid
 
 
-def _passes(request: RenderRequest | None, planner: Callable[[RenderRequest], Plan]) -> tuple[Pass, ...]:
+def _plan(request: RenderRequest | None, planner: Callable[[RenderRequest], Plan]) -> Plan:
     if request is None:
         raise InvalidRow("the row breaks a rule of the manifest")
+    return planner(request)
+
+
+def _passes(plan: Plan) -> tuple[Pass, ...]:
     return tuple(
         Pass(one.height, one.width, one.tokens, one.calls, one.row_forwards, tuple(round(s, 4) for s in one.sigmas))
-        for one in planner(request).passes
+        for one in plan.passes
     )
+
+
+def _larger(one: Work, other: Work) -> Work:
+    frames = max(one.encoded_frames, other.encoded_frames)
+    return replace(one, encoded_frames=frames, conditioned=one.conditioned or other.conditioned)
+
+
+def _with_memory(job: JobSpec, works: Mapping[Kind, Work], shapes: Iterator[Shape]) -> Iterator[Shape]:
+    """What each shape takes of a GPU, where one is asked for and the checkpoint is on this machine."""
+    model = job.model
+    sizes = job_sizes(model, job.storage.options)
+    if sizes is None or model.device == "cpu":
+        yield from shapes
+        return
+    room = room_of(model.device_memory_gib, max(1, int(job.worker.num_gpus or 1)))
+    for shape in shapes:
+        work = works[(shape.height, shape.width, shape.num_frames), shape.passes]
+        yield replace(shape, memory=forecast(sizes, work, room, model.placement))
 
 
 def _size(request: RenderRequest | None) -> Size:
@@ -136,7 +170,7 @@ def _size(request: RenderRequest | None) -> Size:
     return request.height, request.width, request.num_frames
 
 
-def _with_new(shapes: Counter[tuple[Size, tuple[Pass, ...]]], new: Counter[Size] | None) -> Iterator[Shape]:
+def _with_new(shapes: Counter[Kind], new: Counter[Size] | None) -> Iterator[Shape]:
     """Largest sizes first. Rows of one size but other passes share its new rows in the order they are met."""
     left = Counter(new)
     for (size, passes), rows in sorted(shapes.items(), key=lambda item: item[0][0], reverse=True):

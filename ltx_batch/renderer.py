@@ -15,11 +15,14 @@ from ltx_batch.job import ModelSpec
 from ltx_batch.lora import Shapes
 from ltx_batch.model.frames import load_media
 from ltx_batch.model.layers import transformer_layers
+from ltx_batch.model.memory import ModelSizes
+from ltx_batch.model.parts import open_checkpoint
 from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config
 from ltx_batch.model.placement import check_name
 from ltx_batch.model.plan import Plan, plan_request
 from ltx_batch.model.quantize import policy
 from ltx_batch.model.sigmas import SchedulerConfig
+from ltx_batch.model.sizes import sizes_of
 from ltx_batch.model.sources import Sources, find_sources
 from ltx_batch.model.text_key import TextIdentity, encoder_fingerprint
 from ltx_batch.request import RenderRequest
@@ -252,6 +255,29 @@ def job_planner(model: ModelSpec, options: Mapping[str, Any] | None = None) -> C
             pass
     config = load_pipeline_config(model.pipeline_config, options=options)
     return partial(plan_request, config=config, scheduler=SchedulerConfig())
+
+
+def job_sizes(model: ModelSpec, options: Mapping[str, Any] | None = None) -> ModelSizes | None:
+    """How large a job's model is, from the headers of its files; None where they are not on this machine. `auto` is taken
+    as on a GPU, unless the device is cpu."""
+    if model.renderer == "fake" or not model.checkpoint:
+        return None
+    device = "cpu" if model.device == "cpu" else "cuda"
+    try:
+        sources, config = _find(model.checkpoint, model.pipeline_config, None, model.upsampler, options)
+        checkpoint, upsampler = Path(sources.checkpoint), None if sources.upsampler is None else Path(sources.upsampler)
+        if not checkpoint.exists() or (upsampler is not None and not upsampler.exists()):
+            return None
+        chosen = policy.precision(
+            resolve_precision(model.precision, device, config),
+            device,
+            skip=model.skip_modules,
+            hadamard_group=model.hadamard_group,
+            keep_blocks=model.keep_blocks,
+        )
+        return sizes_of(open_checkpoint(checkpoint, upsampler=upsampler), chosen)
+    except CheckpointError:
+        return None
 
 
 def _find(

@@ -8,17 +8,22 @@ from rich.console import Console
 from rich.table import Table
 
 from ltx_batch.cli.output import duration
+from ltx_batch.model.memory import GIB
 
 if TYPE_CHECKING:
+    from ltx_batch.model.forecast import Forecast
     from ltx_batch.plan import Estimate, JobPlan, Shape
+
+
+_SHOWN = 5
 
 
 def print_plan(found: JobPlan) -> None:
     console = Console(highlight=False)
     console.print(_rows(found))
     console.print(_shapes(found.shapes))
-    for line in _schedules(found.shapes):
-        console.print(line)
+    for line in (*_schedules(found.shapes), *_memory(found.shapes)):
+        console.print(line, markup=False)
     console.print(_estimated(found.estimate))
     for note in {found.note, found.estimate.note} - {None}:
         console.print(f"note: {note}", markup=False)
@@ -52,6 +57,22 @@ def _schedules(shapes: tuple[Shape, ...]) -> list[str]:
         f"pass {number}: {len(timesteps)} calls, {rows} rows forward, timesteps {', '.join(f'{t:g}' for t in timesteps)}"
         for number, timesteps, rows in sorted(told)
     ]
+
+
+def _memory(shapes: tuple[Shape, ...]) -> list[str]:
+    """What the largest sizes take of a GPU, and how they will be rendered there."""
+    told = [_took(shape, shape.memory) for shape in shapes if shape.memory is not None]
+    more = [f"... and of {len(told) - _SHOWN} more sizes; --json has all"] if len(told) > _SHOWN else []
+    return told[:_SHOWN] + more
+
+
+def _took(shape: Shape, memory: Forecast) -> str:
+    size = f"memory of {shape.width}x{shape.height}, {shape.num_frames} frames"
+    wanted = f"{memory.resident_bytes / GIB:.1f} GiB with every part in place, {memory.least_bytes / GIB:.1f} GiB at the least"
+    if memory.placement is None:
+        return f"{size}: {wanted}; model.device_memory_gib says what the GPUs have"
+    doubt = "" if memory.fits else "; it may not fit"
+    return f"{size}: {wanted}; {memory.placement}, {memory.reason}{doubt}"
 
 
 def _estimated(estimate: Estimate) -> str:

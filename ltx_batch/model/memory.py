@@ -73,7 +73,7 @@ def denoise_bytes(sizes: ModelSizes, one: PassPlan, work: Work, *, chunked: bool
     levels = whole * rows * _LEVELS * sizes.number_bytes if work.conditioned else 0.0
     if not chunked:
         return int(whole * (_ROTARY + rows * _ROW[sizes.precision]) + levels)
-    chunk = CHUNK_TOKENS * sizes.channels * rows * _ROW[sizes.precision]
+    chunk = min(CHUNK_TOKENS, one.tokens) * sizes.channels * rows * _ROW[sizes.precision]
     waiting = whole * rows * _WAITING * sizes.number_bytes
     return int(max(whole * rows * _ROW_IN_CHUNKS[sizes.number_bytes], waiting + chunk) + levels)
 

@@ -17,7 +17,8 @@ def sizes_of(parts: Parts, policy: Precision) -> ModelSizes:
     blocks, rest = _transformer_bytes(parts.transformer, policy, number)
     vae: defaultdict[str, int] = defaultdict(int)
     for name, tensor in parts.vae.tensors.items():
-        vae[name.partition(".")[0]] += math.prod(tensor.shape) * number
+        rounded = policy.quantize == "int8-weight" and len(tensor.shape) == 5  # its convolutions are too
+        vae[name.partition(".")[0]] += math.prod(tensor.shape) * (1 if rounded else number)
     upsampler = {} if parts.latent_upsampler is None else parts.latent_upsampler.tensors
     config = parts.transformer.config
     return ModelSizes(
