@@ -197,7 +197,7 @@ def test_attention_goes_by_the_kernel_that_was_chosen(loaded: Any) -> None:
     kernel = use_kernel(fused)
     assert torch.equal(call(fused), expected)
     kernel.name = "cudnn"  # which no CPU has
-    with pytest.raises(RuntimeError, match="No available kernel"):
+    with pytest.raises(RuntimeError, match=r"No (viable backend|available kernel)"):
         call(fused)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -266,8 +267,12 @@ TILES = (
     Tile(128, 256, 128, 8, 4, described=True),
     Tile(256, 128, 128, 8, 4, described=True),
 )
-_PLAIN = Tuner("product", [tile for tile in TILES if not tile.described])
-_ALL = Tuner("product", TILES)
+
+
+@cache
+def tuner(*, described: bool) -> Tuner[Tile]:
+    """With Hopper's kernel among the candidates, or without."""
+    return Tuner("product", [tile for tile in TILES if described or not tile.described])
 
 
 def int8_product(
@@ -293,9 +298,8 @@ def int8_product(
 
     described = _is_hopper(rows.device) and channels % 16 == 0 and adjacent(weights)
     shape = (bucket(len(rows)), columns, channels, len(weights), int(described))
-    tuner = _ALL if described else _PLAIN
     # What follows the sums is not in the shape, so that all products of one size share a choice.
-    return run(tuner.choose(rows.device, shape, run))
+    return run(tuner(described=described).choose(rows.device, shape, run))
 
 
 def launch(

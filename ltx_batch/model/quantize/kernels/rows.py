@@ -127,20 +127,22 @@ def row_kernel(
 
 @dataclass(frozen=True, slots=True)
 class RowLaunch:
-    """`programs` on each multiprocessor, 0 for as many as there are rows; `stages` read ahead where rows are rotated."""
+    """`programs` on each multiprocessor, 0 for as many as there are rows. Where rows are rotated they are read ahead, so
+    that `stages` are under way; `row_bytes` is all that is read for one."""
 
-    channels: int
+    row_bytes: int
     programs: int
     stages: int
 
     def shared_bytes(self, capability: tuple[int, int]) -> int:
-        return (self.stages - 1) * self.channels * 2 + self.channels + 2 * _LANES.value**2 + 1024
+        rotating = 2 * _LANES.value**2 + min(2 * self.row_bytes, 16384)  # the matrix, and a tile on its way through it
+        return (self.stages - 1) * self.row_bytes + rotating + 1024
 
 
 @cache
-def _tuner(channels: int) -> Tuner[RowLaunch]:
+def tuner(row_bytes: int) -> Tuner[RowLaunch]:
     tries = ((0, 2), (2, 2), (2, 3), (4, 2), (4, 3), (8, 2))
-    return Tuner("rows", [RowLaunch(channels, programs, stages) for programs, stages in tries])
+    return Tuner("rows", [RowLaunch(row_bytes, programs, stages) for programs, stages in tries])
 
 
 def quantize_rows(x: torch.Tensor, group: int, gelu: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -213,7 +215,12 @@ def _launch(
         return out
 
     variant = (bucket(rows), channels, group, int(table is not None), int(len(temb) == 1), int(gelu), int(quantize))
-    run(_tuner(channels).choose(x.device, variant, run))
+    run(tuner(row_bytes(channels, lines=table is not None and len(temb) > 1)).choose(x.device, variant, run))
+
+
+def row_bytes(channels: int, *, lines: bool) -> int:
+    """Of a row in 16 bits; with `lines`, of those that modulate it too, which are its own."""
+    return 2 * channels * (5 if lines else 1)
 
 
 def blocks_of(channels: int, group: int) -> int:
