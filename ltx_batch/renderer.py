@@ -142,7 +142,8 @@ class LtxRenderer:
         from ltx_batch.model.render import prepare_conditions, prepare_input
         from ltx_batch.model.trace import given_conditions, given_text, trace_request
 
-        plan = self.plan(request)
+        # The text itself says nothing where its embedding is given, so it may be empty.
+        plan = self.plan(request if prompt_embeds is None else replace(request, prompt="given"))
         if conditions is None:
             request = self._with_media(request)
             items = prepare_conditions(request, plan, self._preprocess)

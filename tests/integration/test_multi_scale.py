@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +241,7 @@ def test_no_text_encoder_is_asked_where_embeddings_are_given(folder: Path, tmp_p
 
     renderer._pipeline.encode = refuse  # type: ignore[method-assign]
     found = renderer.trace(
-        REQUEST,
+        replace(REQUEST, prompt=""),
         prompt_embeds=words.embeds,
         prompt_attention_mask=words.mask,
         negative_prompt_embeds=away.embeds,
