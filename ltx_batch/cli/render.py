@@ -44,6 +44,8 @@ def render(
     pipeline_config: Annotated[str | None, typer.Option(help="A preset's name, or an official YAML.")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, int8, int8-weight, fp8, bnb-int8.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
+    placement: Annotated[str, typer.Option(help="auto, resident, offload, sharded.")] = "auto",
+    device_memory_gib: Annotated[float | None, typer.Option(help="Of the GPU that may be used.")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Render one clip."""
@@ -74,6 +76,8 @@ def render(
         pipeline_config=pipeline_config,
         precision=precision,
         device=device,
+        placement=placement,
+        device_memory_gib=device_memory_gib,
     )
     _save(clip, request, output)
     seconds = time.monotonic() - started_s

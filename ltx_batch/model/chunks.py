@@ -81,7 +81,8 @@ def _rotary_parts(
     rope_interpolation_scale: Any,
     video_coords: torch.Tensor,
 ) -> RotaryParts:
-    return RotaryParts(lambda coords: rope(hidden, video_coords=coords), video_coords, chunk_tokens)
+    # Of its first argument the module takes the device alone, which need not be the hidden states' in every block.
+    return RotaryParts(lambda coords: rope(coords, video_coords=coords), video_coords, chunk_tokens)
 
 
 def _feed_forward(forward: Callable[..., torch.Tensor], chunk_tokens: int, hidden: torch.Tensor) -> torch.Tensor:

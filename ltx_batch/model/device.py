@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ltx_batch.errors import JobError
@@ -53,13 +55,13 @@ def free_bytes(device: torch.device) -> int | None:
     return max(0, min(driver_free + kept, allowed))
 
 
-def room(device: torch.device, memory_gib: float | None, held_bytes: int = 0) -> Room:
-    """What may be used of the device and of this process's other GPUs by parts that hold `held_bytes` of it now. On a CPU
-    that is `memory_gib`, where it is given."""
+def room(device: torch.device, memory_gib: float | None, held: Callable[[torch.device], int] = lambda _: 0) -> Room:
+    """What may be used of the device and of this process's other GPUs by parts of which each holds `held` bytes now. On a
+    CPU that is `memory_gib`, where it is given."""
     if device.type != "cuda":
         return Room(None if memory_gib is None else int(memory_gib * GIB))
-    first, *others = (free_bytes(gpu) or 0 for gpu in gpus(device))
-    return Room(first + held_bytes, tuple(others))
+    first, *others = ((free_bytes(gpu) or 0) + held(gpu) for gpu in gpus(device))
+    return Room(first, tuple(others))
 
 
 def limit_memory(device: torch.device, memory_gib: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,8 +19,8 @@ class Lodging:
     """Where transformer, VAE and upsampler are.
 
     They lie where they were loaded until `settle` or `leave`. `mode` says how they live from then on: `resident` on the
-    device, `offload` in host memory, coming for their stages, `sharded` with the blocks over several GPUs. Only `resident`
-    is ever left for another.
+    device, `offload` in host memory, coming for their stages, `sharded` with the blocks over several GPUs. `offload` is
+    never left for another.
     """
 
     def __init__(self, device: torch.device, transformer: Any, vae: Any, upsampler: Any | None) -> None:
@@ -30,15 +30,21 @@ class Lodging:
         self._streamed: Streamed | None = None
         self._stand_in: Streamed | None = None
         self._guests: dict[str, Guest] = {}
+        self._gather: Callable[[], None] | None = None
 
     @property
     def held_bytes(self) -> int:
         """Weights on the device."""
+        return self.held_on(gpus(self._device)[0])
+
+    def held_on(self, device: torch.device) -> int:
+        """Weights on one of the process's devices."""
         if self.mode == "offload":
-            streamed = [one.held_bytes for one in (self._streamed, self._stand_in) if one is not None]
-            return sum(streamed) + sum(guest.held_bytes for guest in self._guests.values())
+            parts: list[Guest | Streamed | None] = [*self._guests.values(), self._streamed, self._stand_in]
+            first = device == gpus(self._device)[0]
+            return sum(part.held_bytes for part in parts if part is not None) if first else 0
         models = [self._transformer, self._vae, *([self._upsampler] if self._upsampler is not None else [])]
-        return sum(bytes_on(model, self._device) for model in models)
+        return sum(bytes_on(model, device) for model in models)
 
     def settle(self, placement: Placement) -> None:
         """Take up the placement's mode."""
@@ -48,7 +54,7 @@ class Lodging:
             self._settle_in_host()
         elif placement.mode == "sharded":
             self._invite_guests()
-            deal_out(self._transformer, placement.shards, gpus(self._device))
+            self._gather = deal_out(self._transformer, placement.shards, gpus(self._device))
         else:
             for model in (self._transformer, self._vae, self._upsampler):
                 if model is not None:
@@ -57,6 +63,9 @@ class Lodging:
         give_back(self._device)
 
     def _settle_in_host(self) -> None:
+        if self._gather is not None:
+            self._gather()
+            self._gather = None
         self._invite_guests()
         blocks = list(self._transformer.transformer_blocks)
         for block in blocks:
@@ -121,4 +130,4 @@ class Lodging:
 def bytes_on(model: nn.Module, device: torch.device) -> int:
     """Of its parameters and buffers."""
     tensors = (*model.parameters(), *model.buffers())
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.device.type == device.type)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor.device == device)

@@ -135,9 +135,11 @@ def _bitsandbytes_places(layer: Any) -> Iterator[_Place]:
 
 def _lock_pages(buffer: torch.Tensor) -> None:
     """Page-lock memory that is there. torch's own pinned memory comes in powers of two: nearly twice of a 13B block."""
+    if buffer.numel() == 0:
+        return
     cuda = torch.cuda.cudart()
     pointer = buffer.data_ptr()
-    if buffer.numel() == 0 or int(cuda.cudaHostRegister(pointer, buffer.numel(), 0)) == 0:
+    if int(cuda.cudaHostRegister(pointer, buffer.numel(), 0)) == 0:
         weakref.finalize(buffer.untyped_storage(), cuda.cudaHostUnregister, pointer)
         return
     log.warning(

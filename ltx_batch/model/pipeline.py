@@ -19,7 +19,7 @@ from ltx_batch.model.chunks import in_chunks
 from ltx_batch.model.conditioning import encode_media, in_tiles, start_tokens
 from ltx_batch.model.decode import decode_row
 from ltx_batch.model.denoise import denoise_pass
-from ltx_batch.model.device import device_name, give_back, room
+from ltx_batch.model.device import device_name, give_back, gpus, room
 from ltx_batch.model.guests import Streamed
 from ltx_batch.model.latents import from_tokens
 from ltx_batch.model.lodging import Lodging
@@ -217,8 +217,9 @@ class LtxPipeline:
 
     def _room(self, memory_gib: float | None) -> Room:
         """What all parts together may use, of each GPU."""
-        ours = self.lodging.held_bytes + (0 if self.turns is None else self.turns.held_bytes)
-        return room(self.device, memory_gib, ours)
+        text = 0 if self.turns is None else self.turns.held_bytes
+        first = gpus(self.device)[0]
+        return room(self.device, memory_gib, lambda gpu: self.lodging.held_on(gpu) + (text if gpu == first else 0))
 
     def _pass(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,13 +20,15 @@ def device_map(parts: Sequence[str], shards: Sequence[int]) -> dict[str, int]:
     return places | {f"{BLOCKS}.{index}": number for index, number in enumerate(homes)}
 
 
-def deal_out(transformer: Any, shards: Sequence[int], devices: Sequence[torch.device]) -> None:
-    """Have accelerate put each block on its device and bring the hidden states along.
+def deal_out(transformer: Any, shards: Sequence[int], devices: Sequence[torch.device]) -> Callable[[], None]:
+    """Have accelerate put each block on its device and bring the hidden states along. Returns what takes all of that back,
+    but for where the weights lie.
 
     What a call gives to every block (rotary tables, modulations, text) accelerate would bring once a block; here it comes
     once a device.
     """
     from accelerate import dispatch_model
+    from accelerate.hooks import remove_hook_from_submodules
 
     own = dict(transformer.named_parameters(recurse=False))
     for parameter in own.values():  # accelerate wants to know their places, and leaves them where they are
@@ -37,9 +39,18 @@ def deal_out(transformer: Any, shards: Sequence[int], devices: Sequence[torch.de
         warnings.filterwarnings("ignore", message="The following device_map keys do not match")  # those parameters
         dispatch_model(transformer, places, main_device=devices[0], force_hooks=True)
     carried = _Carried()
-    for index, block in enumerate(transformer.transformer_blocks):
+    handles = [
         block.register_forward_pre_hook(carried.bring_to(places[f"{BLOCKS}.{index}"]), with_kwargs=True)
-    transformer.register_forward_hook(carried.forget)
+        for index, block in enumerate(transformer.transformer_blocks)
+    ]
+    handles.append(transformer.register_forward_hook(carried.forget))
+
+    def undo() -> None:
+        for handle in handles:
+            handle.remove()
+        remove_hook_from_submodules(transformer)
+
+    return undo
 
 
 class _Carried:

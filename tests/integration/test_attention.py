@@ -10,6 +10,7 @@ from diffusers import LTXVideoTransformer3DModel
 from torch import nn
 
 from ltx_batch.model.attention import Kernel, SelfAttention, attend, fastest, use_kernel
+from ltx_batch.model.block_stream import BlockStream
 from ltx_batch.model.chunks import in_chunks
 from ltx_batch.model.perturb import perturbed
 from ltx_batch.model.sharding import _Carried, deal_out, device_map
@@ -139,11 +140,17 @@ def test_blocks_lie_in_order_and_the_rest_on_the_first_device() -> None:
 
 def test_a_dealt_transformer_computes_the_same_bits(transformer: Any) -> None:
     """All shards on one device: accelerate's hooks and ours at work, with nothing to move."""
+    with perturbed(transformer, "transformer_block", (0, 3), 1):
+        disturbed = forward(transformer)
     expected = forward(transformer)
-    deal_out(transformer, [1, 3], [CPU, CPU])
+    undo = deal_out(transformer, [1, 3], [CPU, CPU])
     assert torch.equal(forward(transformer), expected)
     with perturbed(transformer, "transformer_block", (0, 3), 1):
-        forward(transformer)
+        assert torch.equal(forward(transformer), disturbed)
+    undo()
+    assert not any(hasattr(layer, "_hf_hook") or layer._forward_pre_hooks for layer in transformer.modules())
+    BlockStream(transformer.transformer_blocks, CPU).keep(1)
+    assert torch.equal(forward(transformer), expected), "and it can live otherwise"
 
 
 def test_what_all_blocks_are_given_is_carried_once_a_device() -> None:
