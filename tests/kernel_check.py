@@ -147,7 +147,7 @@ def build(arch: int) -> Iterator[dict[str, Any]]:
         flags |= {} if tile.described else {"even": True}
         plain = {**flags, "parts": 1, "gate": 0, "residual": False}
         yield compiled(kernel, plain, arch, tile.warps, tile.stages, tile, channels)
-        if tile in (fitting_tiles[0], fitting_tiles[-1]):
+        if tile is fitting_tiles[-1]:
             three = {**flags, "parts": 3, "gate": 0, "residual": False}
             yield compiled(kernel, three, arch, tile.warps, tile.stages, tile, channels)
             for gate in (1, 2):

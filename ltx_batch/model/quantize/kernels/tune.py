@@ -69,12 +69,10 @@ class Tuner(Generic[Choice]):
         return next((one for one in self._candidates if _numbers(one) == stored), None)
 
     def _time(self, device: torch.device, shape: str, run: Callable[[Choice], torch.Tensor]) -> Choice:
-        limit_bytes = driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
-        fitting = self.fitting(torch.cuda.get_device_capability(device), limit_bytes)
         expected: torch.Tensor | None = None
         times_s: dict[Choice, float] = {}
         faults: list[str] = []
-        for one in fitting:
+        for one in self.fitting(*limits(device)):
             try:
                 found = run(one)
                 expected = found if expected is None else expected
@@ -92,6 +90,12 @@ class Tuner(Generic[Choice]):
         log.info("%s %s: %s, %.3f ms", self._kernel, shape, best, 1000 * times_s[best])
         write_choice(store_path(device), self._kernel, shape, _numbers(best))
         return best
+
+
+def limits(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability, and bytes of shared memory that a program may have."""
+    limit_bytes: int = driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+    return torch.cuda.get_device_capability(device), limit_bytes
 
 
 def median_s(run: Callable[[], Any], device: torch.device) -> float:
