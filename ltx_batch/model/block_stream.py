@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ltx_batch.model.packed import Packed
+from ltx_batch.model.placement import SLOTS, staying
 
 
 @dataclass(slots=True)
@@ -31,23 +32,20 @@ class BlockStream:
 
     Forward hooks do the rest, so the blocks may be of any kind, but their order in a forward must not change. What is
     compiled of a block must leave its hooks outside: its `forward`, not the block. Layers that a block names in
-    `parked_layers` stay where they are; it brings them itself.
+    `parked_layers` wait in host memory too, and the block brings them itself.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
         self._device = device
         self._blocks = list(blocks)
         self._packs = [self._pack(block) for block in blocks]
+        self._parked = [Packed(nn.ModuleList(_parked(block)), device) for block in blocks]
         self._staying: dict[int, torch.Tensor] = {}
         self._slots: list[_Slot] = []
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(lambda *_, index=index: self._before(index))
             block.register_forward_hook(lambda *_, index=index: self._after(index))
-
-    @property
-    def block_bytes(self) -> int:
-        return max(pack.size_bytes for pack in self._packs)
 
     @property
     def held_bytes(self) -> int:
@@ -57,23 +55,24 @@ class BlockStream:
 
     def keep(self, count: int) -> None:
         """Have `count` blocks stay on the device, and two slots for the others."""
-        staying = _spread(len(self._packs), count)
-        wanted = 2 if len(staying) < len(self._packs) else 0
-        if staying == self._staying.keys() and len(self._slots) == wanted:
+        chosen = self._chosen(count)
+        wanted = SLOTS if len(chosen) < len(self._packs) else 0
+        if chosen == self._staying.keys() and len(self._slots) == wanted:
             return
         self.leave(count)
-        for index in sorted(staying - self._staying.keys()):
+        for index in sorted(chosen - self._staying.keys()):
             pack = self._packs[index]
             buffer = self._allocate(pack.size_bytes)
             buffer.copy_(pack.host, non_blocking=True)
             pack.point_at(buffer)
             self._staying[index] = buffer
-        self._slots = [self._make_slot() for _ in range(wanted)]
+        largest = max((len(pack.host) for index, pack in enumerate(self._packs) if index not in chosen), default=0)
+        self._slots = [self._make_slot(largest) for _ in range(wanted)]
 
-    def leave(self, staying: int = 0) -> None:
-        """Give the device back, the slots with it; of blocks that stay now, those stay that `staying` blocks would have
-        among them. Until the next `keep`, a forward is one in host memory."""
-        chosen = _spread(len(self._packs), staying)
+    def leave(self, count: int = 0) -> None:
+        """Give the device back, the slots with it; of blocks that stay now, those stay that `keep(count)` would
+        choose. Until the next `keep`, a forward is one in host memory."""
+        chosen = self._chosen(count)
         self._staying = {index: buffer for index, buffer in self._staying.items() if index in chosen}
         for index, pack in enumerate(self._packs):
             if index not in self._staying:
@@ -87,8 +86,11 @@ class BlockStream:
         self.leave()
         self._packs = [self._pack(block) for block in self._blocks]
 
+    def _chosen(self, count: int) -> set[int]:
+        return staying([pack.size_bytes for pack in self._packs], count)
+
     def _pack(self, block: nn.Module) -> Packed:
-        return Packed(block, self._device, without=getattr(block, "parked_layers", ()))
+        return Packed(block, self._device, without=_parked(block))
 
     def _before(self, index: int) -> None:
         if index in self._staying or not self._slots:  # without slots, after `leave`, blocks work in host memory
@@ -125,8 +127,8 @@ class BlockStream:
             slot.filled.record(self._copies)
         return slot
 
-    def _make_slot(self) -> _Slot:
-        slot = _Slot(self._allocate(self.block_bytes))
+    def _make_slot(self, size_bytes: int) -> _Slot:
+        slot = _Slot(self._allocate(size_bytes))
         if self._copies is not None:
             slot.filled, slot.used = torch.cuda.Event(), torch.cuda.Event()
             slot.used.record(torch.cuda.current_stream(self._device))  # what had that memory before is still at work
@@ -137,6 +139,5 @@ class BlockStream:
             return torch.empty(count, dtype=torch.uint8, device=self._device)
 
 
-def _spread(count: int, chosen: int) -> set[int]:
-    """`chosen` of `count` indices, evenly apart."""
-    return {index for index in range(count) if (index + 1) * chosen // count > index * chosen // count}
+def _parked(block: nn.Module) -> Sequence[nn.Module]:
+    return getattr(block, "parked_layers", ())

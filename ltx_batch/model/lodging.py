@@ -68,9 +68,6 @@ class Lodging:
             self._gather = None
         self._invite_guests()
         blocks = list(self._transformer.transformer_blocks)
-        for block in blocks:
-            if self._device.type == "cuda" and hasattr(block, "park"):
-                block.park()  # what it needs once a clip need not come with every call
         self._streamed = Streamed(self._transformer, blocks, self._device)
         self.mode = "offload"
 

@@ -16,12 +16,13 @@ def weights_bytes(module: nn.Module) -> int:
 
 
 def measure(transformer: Any, vae: Any, upsampler: Any | None, precision: str) -> ModelSizes:
-    """The sizes of a model whose layers are what they will be."""
+    """The sizes of a model whose layers are what they will be; those that wait in host memory do not count."""
     blocks = [weights_bytes(block) for block in transformer.transformer_blocks]
+    rest = weights_bytes(transformer) - sum(blocks)
+    parked = [getattr(block, "parked_layers", ()) for block in transformer.transformer_blocks]
     return ModelSizes(
-        block_bytes=max(blocks),
-        blocks=len(blocks),
-        rest_bytes=weights_bytes(transformer) - sum(blocks),
+        blocks=tuple(one - sum(map(weights_bytes, layers)) for one, layers in zip(blocks, parked, strict=True)),
+        rest_bytes=rest,
         encoder_bytes=weights_bytes(vae.encoder),
         decoder_bytes=weights_bytes(vae.decoder),
         upsampler_bytes=0 if upsampler is None else weights_bytes(upsampler),

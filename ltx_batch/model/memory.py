@@ -32,11 +32,10 @@ _UPSAMPLE = 2100.0  # bytes a token of what comes out, for each byte of a number
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """A model as it is held. Bytes of weights by part, `block_bytes` of the largest of the transformer's `blocks`,
+    """A model as it is held. Bytes of weights by part, `blocks` of each of the transformer's blocks,
     `rest_bytes` of what it has beside them; `channels` are the transformer's, `number_bytes` 2 for bf16."""
 
-    block_bytes: int
-    blocks: int
+    blocks: tuple[int, ...]
     rest_bytes: int
     encoder_bytes: int
     decoder_bytes: int
@@ -47,7 +46,7 @@ class ModelSizes:
 
     @property
     def transformer_bytes(self) -> int:
-        return self.blocks * self.block_bytes + self.rest_bytes
+        return sum(self.blocks) + self.rest_bytes
 
     @property
     def weights_bytes(self) -> int:

@@ -6,8 +6,9 @@ one by one. Only what does not fit alone is cut: the decode into tiles, then a p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any, Literal, cast
 
 from ltx_batch.errors import JobError
@@ -21,6 +22,7 @@ NAMES = ("auto", "resident", "offload", "sharded")
 _SHARDED_TRIES = ((1.0, False), (0.25, False), (0.125, False), (0.125, True), (0.0, True))
 _VIDEO_SHARE = 0.2  # of a tiled decode's room: a video that takes more waits in host memory
 _LEAST_WORK_BYTES = GIB  # what even a small clip wants beside the weights
+_LARGE = 1.5  # times the smallest block: one that is not quantised among others that are
 SLOTS = 2  # places on the device for the blocks that do not stay: one works, the next one comes
 
 
@@ -163,7 +165,7 @@ def _resident(sizes: ModelSizes, work: Work, room: Room, strain: Strain) -> Plac
     peak = sizes.weights_bytes + stages[stage]
     return Placement(
         "resident",
-        tuple(PassPlacement(sizes.blocks) for _ in work.plan.passes),
+        tuple(PassPlacement(len(sizes.blocks)) for _ in work.plan.passes),
         f"all parts and {stage} take {gib(peak)} of {room.told}{_cut(tiles)}",
         peak,
         fits=room.holds(peak),
@@ -183,13 +185,13 @@ def _sharded(sizes: ModelSizes, work: Work, room: Room, strain: Strain) -> Place
         shards = _deal(sizes, left)
         if min(left) >= 0:
             break
-    held = sizes.rest_bytes + shards[0] * sizes.block_bytes
+    held = sizes.rest_bytes + sum(sizes.blocks[: shards[0]])
     tiles = _decode_tiles(sizes, work, room, strain, beside_bytes=held)
     peak = held + max(denoise, *_guest_bytes(sizes, work, tiles, ()).values())
     return Placement(
         "sharded",
-        tuple(PassPlacement(sizes.blocks, CHUNK_TOKENS if chunked else None) for _ in work.plan.passes),
-        f"{sizes.blocks} blocks over {len(shards)} GPUs, {' and '.join(map(str, shards))}{_cut(tiles)}",
+        tuple(PassPlacement(len(sizes.blocks), CHUNK_TOKENS if chunked else None) for _ in work.plan.passes),
+        f"{len(sizes.blocks)} blocks over {len(shards)} GPUs, {' and '.join(map(str, shards))}{_cut(tiles)}",
         peak,
         fits=min(left) >= 0 and room.holds(peak),
         decode_tiles=tiles,
@@ -198,12 +200,15 @@ def _sharded(sizes: ModelSizes, work: Work, room: Room, strain: Strain) -> Place
 
 
 def _deal(sizes: ModelSizes, left: list[int]) -> list[int]:
-    """Blocks on each GPU. `left`, the bytes there are on each, becomes what is left."""
+    """Blocks on each GPU, in order. `left`, the bytes there are on each, becomes what is left."""
     shards = [0] * len(left)
-    for _ in range(sizes.blocks):
+    average, had = sum(sizes.blocks) // len(sizes.blocks), list(left)
+    for _ in sizes.blocks:
         most = max(range(len(left)), key=lambda index: left[index])
-        left[most] -= sizes.block_bytes
+        left[most] -= average
         shards[most] += 1
+    ends = list(accumulate(shards))
+    left[:] = [room - sum(sizes.blocks[end - count : end]) for room, count, end in zip(had, shards, ends, strict=True)]
     return shards
 
 
@@ -241,13 +246,32 @@ def _place_pass(sizes: ModelSizes, work: Work, one: PassPlan, room: Room, strain
 
 
 def _kept_blocks(sizes: ModelSizes, room: Room, activations: int) -> int | None:
-    """Blocks that stay beside `activations`: all, or some and the slots for the others. None: not even the slots."""
+    """Blocks that stay beside `activations`: as many as fit with the slots for the others. None: not even the slots."""
     if room.bytes is None:
         return 0
-    places = (room.usable[0] - sizes.rest_bytes - activations) // sizes.block_bytes
-    if places >= sizes.blocks:
-        return sizes.blocks
-    return None if places < SLOTS else min(places - SLOTS, sizes.blocks - SLOTS - 1)
+    left = room.usable[0] - sizes.rest_bytes - activations
+    return next((count for count in range(len(sizes.blocks), -1, -1) if _blocks_bytes(sizes, count) <= left), None)
+
+
+def staying(blocks: Sequence[int], count: int) -> set[int]:
+    """Which `count` of blocks of these bytes stay on a device: large ones first, since the slots must hold the largest that
+    come; evenly apart, so that copies have time."""
+    large = [index for index, taken in enumerate(blocks) if taken > _LARGE * min(blocks)]
+    small = [index for index in range(len(blocks)) if index not in large]
+    of_large = min(count, len(large))
+    return _spread(large, of_large) | _spread(small, count - of_large)
+
+
+def _spread(indices: Sequence[int], count: int) -> set[int]:
+    total = len(indices)
+    return {index for place, index in enumerate(indices) if (place + 1) * count // total > place * count // total}
+
+
+def _blocks_bytes(sizes: ModelSizes, count: int) -> int:
+    """What `count` blocks that stay and the slots for the others take."""
+    stays = staying(sizes.blocks, count)
+    coming = [taken for index, taken in enumerate(sizes.blocks) if index not in stays]
+    return sum(sizes.blocks) - sum(coming) + SLOTS * max(coming, default=0)
 
 
 def _stay_beside(
@@ -256,18 +280,21 @@ def _stay_beside(
     """Blocks that stay while another part takes so much: as many as fit, of those that some pass keeps."""
     if room.bytes is None or strain.steps >= 2:
         return None
-    left = room.usable[0] - taken - sizes.rest_bytes
-    return None if left < 0 else min(left // sizes.block_bytes, max(one.kept_blocks for one in passes))
+    left = room.usable[0] - taken
+    most = max(one.kept_blocks for one in passes)
+    return next((count for count in range(most, -1, -1) if _held_bytes(sizes, count) <= left), None)
 
 
-def _held_bytes(sizes: ModelSizes, blocks: int | None) -> int:
-    return 0 if blocks is None else sizes.rest_bytes + blocks * sizes.block_bytes
+def _held_bytes(sizes: ModelSizes, count: int | None) -> int:
+    """Of the transformer, beside another part: `count` blocks and no slots."""
+    if count is None:
+        return 0
+    return sizes.rest_bytes + sum(sizes.blocks[index] for index in staying(sizes.blocks, count))
 
 
 def _pass_bytes(sizes: ModelSizes, work: Work, one: PassPlan, how: PassPlacement) -> int:
-    blocks = how.kept_blocks if how.kept_blocks == sizes.blocks else how.kept_blocks + SLOTS
     taken = memory.denoise_bytes(sizes, one, work, chunked=how.chunk_tokens is not None)
-    return sizes.rest_bytes + blocks * sizes.block_bytes + taken
+    return sizes.rest_bytes + _blocks_bytes(sizes, how.kept_blocks) + taken
 
 
 def _why_offload(sizes: ModelSizes, work: Work, room: Room, strain: Strain, passes: tuple[PassPlacement, ...]) -> str:
@@ -276,7 +303,7 @@ def _why_offload(sizes: ModelSizes, work: Work, room: Room, strain: Strain, pass
     else:
         begin = f"resident wants {gib(_resident(sizes, work, Room(), Strain()).peak_bytes)} of {room.told}"
     kept = ", ".join(
-        f"{one.name} keeps {how.kept_blocks} of {sizes.blocks} blocks{' and goes in chunks' if how.chunk_tokens else ''}"
+        f"{one.name} keeps {how.kept_blocks} of {len(sizes.blocks)} blocks{' and goes in chunks' if how.chunk_tokens else ''}"
         for one, how in zip(work.plan.passes, passes, strict=True)
     )
     return f"{begin}: {kept}"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 from ltx_batch.model.memory import ModelSizes
 from ltx_batch.model.part import Part, Parts
-from ltx_batch.model.quantize.policy import BLOCKS, Precision
+from ltx_batch.model.quantize.policy import BLOCKS, Precision, matches
 
 
 def sizes_of(parts: Parts, policy: Precision) -> ModelSizes:
@@ -22,8 +22,7 @@ def sizes_of(parts: Parts, policy: Precision) -> ModelSizes:
     upsampler = {} if parts.latent_upsampler is None else parts.latent_upsampler.tensors
     config = parts.transformer.config
     return ModelSizes(
-        block_bytes=max(blocks.values()),
-        blocks=len(blocks),
+        blocks=tuple(blocks[number] for number in sorted(blocks)),
         rest_bytes=rest,
         encoder_bytes=vae["encoder"],
         decoder_bytes=vae["decoder"],
@@ -34,21 +33,24 @@ def sizes_of(parts: Parts, policy: Precision) -> ModelSizes:
     )
 
 
-def _transformer_bytes(part: Part, policy: Precision, number: int) -> tuple[Mapping[str, int], int]:
-    """Bytes of each block, and of what lies outside. A quantised weight has one byte a number, and scales, which do not
-    count."""
+def _transformer_bytes(part: Part, policy: Precision, number: int) -> tuple[Mapping[int, int], int]:
+    """Bytes of each block by its number, and of what lies outside. A quantised weight has one byte a number, and scales,
+    which do not count."""
     shapes = {name: tensor.shape for name, tensor in part.tensors.items()}
     layers = [
         name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2
     ]
     becomes = policy.table(layers)
-    blocks: defaultdict[str, int] = defaultdict(int)
+    blocks: defaultdict[int, int] = defaultdict(int)
     rest = 0
     for name, shape in shapes.items():
-        quantized = name.endswith(".weight") and becomes.get(name.removesuffix(".weight")) not in (None, "fp32", "bf16")
+        layer = name.rpartition(".")[0]
+        if any(matches(layer, pattern) for pattern in policy.parked):
+            continue
+        quantized = name.endswith(".weight") and becomes.get(layer) not in (None, "fp32", "bf16")
         taken = math.prod(shape) * (1 if quantized else number)
         if name.startswith(f"{BLOCKS}."):
-            blocks[name.split(".")[1]] += taken
+            blocks[int(name.split(".")[1])] += taken
         else:
             rest += taken
     return blocks, rest

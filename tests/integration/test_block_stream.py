@@ -65,7 +65,7 @@ def test_streamed_blocks_compute_the_same_bits(transformer: Any, kept: int) -> N
     stream.keep(kept)
     assert all(torch.equal(forward(transformer, seed), answer) for seed, answer in enumerate(expected))
     slots = 0 if kept == BLOCKS else 2
-    assert stream.held_bytes == (kept + slots) * stream.block_bytes
+    assert stream.held_bytes == (kept + slots) * stream._packs[0].size_bytes
     stream.leave()
     assert stream.held_bytes == 0
 

@@ -46,13 +46,14 @@ def job_with(tiny: Path, folder: Path, **model: Any) -> JobSpec:
 def test_headers_tell_the_sizes_of_the_loaded_model(tiny: Path, name: str) -> None:
     told = sizes_of(open_checkpoint(tiny), precision(name, "cpu"))
     held = load_renderer(str(tiny), device="cpu", precision=name)._pipeline.placing._sizes
-    for field in ("blocks", "channels", "number_bytes", "precision", "upsampler_bytes"):
+    assert len(told.blocks) == len(held.blocks) == 5
+    for field in ("channels", "number_bytes", "precision", "upsampler_bytes"):
         assert getattr(told, field) == getattr(held, field)
-    for field in ("block_bytes", "rest_bytes", "decoder_bytes", "encoder_bytes"):
+    pairs = [(getattr(told, name), getattr(held, name)) for name in ("rest_bytes", "decoder_bytes", "encoder_bytes")]
+    for headers, loaded in (*pairs, *zip(told.blocks, held.blocks, strict=True)):
         # Scales are not in the headers, and are a larger share of layers of 32 inputs than of 4096.
-        assert getattr(told, field) <= getattr(held, field) * 1.01
-        if name in ("fp32", "bf16"):
-            assert getattr(told, field) == getattr(held, field)
+        assert 0.85 * loaded <= headers <= loaded
+        assert headers == loaded or name not in ("fp32", "bf16")
 
 
 def test_without_cards_a_plan_tells_what_is_wanted(job: JobSpec, monkeypatch: pytest.MonkeyPatch) -> None:

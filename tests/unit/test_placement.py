@@ -21,10 +21,10 @@ from ltx_batch.request import RenderRequest
 
 VAE = {"encoder_bytes": int(1.293 * GIB), "decoder_bytes": int(1.030 * GIB), "upsampler_bytes": int(0.235 * GIB)}
 # Weights of the 13B: 12.885 billion in 48 blocks, 0.158 billion beside them.
-BF16 = ModelSizes(int(0.5 * GIB), 48, int(0.294 * GIB), channels=4096, number_bytes=2, **VAE)
-INT8 = replace(BF16, block_bytes=int(0.25 * GIB), precision="int8")
+BF16 = ModelSizes((int(0.5 * GIB),) * 48, int(0.294 * GIB), channels=4096, number_bytes=2, **VAE)
+INT8 = replace(BF16, blocks=(int(0.25 * GIB),) * 48, precision="int8")
 BNB = replace(INT8, precision="bnb-int8")
-FP32 = replace(BF16, block_bytes=GIB, rest_bytes=int(0.588 * GIB), number_bytes=4, precision="fp32")
+FP32 = replace(BF16, blocks=(GIB,) * 48, rest_bytes=int(0.588 * GIB), number_bytes=4, precision="fp32")
 CONFIG = load_pipeline_config("ltxv-13b-0.9.8-distilled")
 
 

@@ -118,7 +118,9 @@ def test_no_way_at_all_is_an_error_with_a_way_out(timed: dict[int, float]) -> No
     def run(way: Way) -> torch.Tensor:
         raise RuntimeError("no kernel image")
 
-    with pytest.raises(PrecisionError, match=r"no launch of some runs on this GPU; use precision bf16.*no kernel image"):
+    with pytest.raises(
+        PrecisionError, match=r"no launch of some runs on this GPU; use precision bf16.*no kernel image"
+    ):
         Tuner("some", [Way(1)]).choose(GPU, (1,), run)
 
 
