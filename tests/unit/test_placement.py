@@ -13,7 +13,7 @@ from ltx_batch.errors import JobError
 from ltx_batch.model import memory
 from ltx_batch.model.memory import GIB, ModelSizes, Work
 from ltx_batch.model.pipeline_config import load_pipeline_config
-from ltx_batch.model.placement import Placement, Room, Strain, check_name, decide, needs, step_down
+from ltx_batch.model.placement import Placement, Room, Strain, check_name, decide, needs, staying, step_down
 from ltx_batch.model.plan import Guidance, PassPlan, Plan, Target, plan_request
 from ltx_batch.model.sigmas import SchedulerConfig
 from ltx_batch.model.tiles import Tiles, choose_tiles
@@ -178,6 +178,19 @@ def test_as_many_blocks_stay_as_fit() -> None:
     sizes = [decide(INT8, Work(HD), card(size)).passes[1].kept_blocks for size in (5, 7, 9, 11, 13, 15, 20)]
     assert sizes == sorted(sizes) and sizes[-1] == 48
     assert 46 not in sizes and 47 not in sizes, "two slots cost as much as the blocks that they are for"
+
+
+def test_blocks_of_two_sizes_are_counted_each_and_large_ones_stay_first() -> None:
+    ends = (int(0.5 * GIB),) * 3
+    mixed = replace(INT8, blocks=(*ends, *INT8.blocks[6:], *ends))
+    assert mixed.transformer_bytes - INT8.transformer_bytes == pytest.approx(1.5 * GIB, rel=0.01)
+    large = {0, 1, 2, 45, 46, 47}
+    assert staying(mixed.blocks, 2) < large and len(staying(mixed.blocks, 2)) == 2
+    assert staying(mixed.blocks, 6) == large < staying(mixed.blocks, 20)
+    assert len(staying(mixed.blocks, 20)) == 20 and staying(mixed.blocks, 48) == set(range(48))
+    assert staying(INT8.blocks, 3) == {15, 31, 47}, "evenly apart"
+    kept = [decide(sizes, Work(HD), card(9.4)).passes[1].kept_blocks for sizes in (INT8, mixed)]
+    assert kept[0] == kept[1] + 6, "six blocks take the place of twelve"
 
 
 def test_blocks_make_room_for_a_decode_and_no_more_than_must() -> None:
