@@ -16,8 +16,11 @@ from typing import Any
 from ltx_batch.errors import CheckpointError
 from ltx_batch.storage import FileRef, open_uri, stat_uri
 
-# Bytes of one number. Other kinds (int8 and the like) hold quantised weights, which only their own loaders understand.
-ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+# Bytes of one number. Other kinds hold quantised weights, which only their own loaders understand.
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
+QUANTIZED_KEY = "ltx_batch_quantized"  # in the metadata of files that `ltx-batch quantize` wrote
+_INTEGERS = ("I8", "U8")
+_BITSANDBYTES = (".SCB", ".weight_format")
 _LARGEST_HEADER_BYTES = 100 * 10**6  # the format's own limit
 
 
@@ -94,16 +97,21 @@ def parse_header(text: bytes, ref: FileRef) -> TensorFile:
         raise CheckpointError(_not_tensors(ref, text[:512])) from None
     if ref.size >= 0 and ref.size != end:
         raise CheckpointError(_torn(ref, end))
-    _check_kinds(ref.uri, tensors, spans)
+    _check_kinds(ref.uri, tensors, spans, integers=QUANTIZED_KEY in metadata or any(map(_is_bitsandbytes, tensors)))
     return TensorFile(ref.uri, tensors, metadata)
 
 
-def _check_kinds(source: str, tensors: Mapping[str, StoredTensor], spans: Mapping[str, Any]) -> None:
+def _is_bitsandbytes(name: str) -> bool:
+    return name.endswith(_BITSANDBYTES)
+
+
+def _check_kinds(source: str, tensors: Mapping[str, StoredTensor], spans: Mapping[str, Any], *, integers: bool) -> None:
+    known = [kind for kind in ITEM_BYTES if integers or kind not in _INTEGERS]
     for name, tensor in tensors.items():
-        if tensor.dtype not in ITEM_BYTES:
+        if tensor.dtype not in known:
             raise CheckpointError(
                 f"{source}: {name} is {tensor.dtype}, which is a quantised file of another program; expected "
-                f"{', '.join(ITEM_BYTES)}"
+                f"{', '.join(known)}"
             )
         if tensor.nbytes != spans[name][1] - spans[name][0]:
             raise CheckpointError(

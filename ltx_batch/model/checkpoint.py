@@ -16,6 +16,8 @@ from ltx_batch.errors import CheckpointError
 from ltx_batch.model.part import Part, held, read_component
 from ltx_batch.model.parts import check_layout, open_checkpoint
 from ltx_batch.model.plan import SPATIAL, TEMPORAL
+from ltx_batch.model.quantize.saved import put_blanks
+from ltx_batch.model.quantize.stored import Stored
 from ltx_batch.model.sigmas import SchedulerConfig
 from ltx_batch.model.streaming import check_tensors, fill
 
@@ -40,7 +42,7 @@ class TextLoader(Protocol):
 class Checkpoint:
     """The parts as loaded; the text encoder is loaded when it is first needed, if ever. None: not there, or not asked for.
 
-    `causal_positions` and `timestep_scale` as in `Parts`.
+    `causal_positions` and `timestep_scale` as in `Parts`. `stored` says how the transformer came quantised.
     """
 
     transformer: Any
@@ -50,6 +52,7 @@ class Checkpoint:
     latent_upsampler: Any = None
     causal_positions: bool = True
     timestep_scale: float = 1000.0
+    stored: Stored | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,7 @@ def load_checkpoint(
         scheduler=parts.scheduler,
         causal_positions=parts.causal_positions,
         timestep_scale=parts.timestep_scale,
+        stored=parts.transformer.stored,
     )
 
 
@@ -148,6 +152,8 @@ def build(name: str, part: Part) -> Any:
     for convolution in model.modules():
         if name == "vae" and isinstance(convolution, nn.Conv3d):
             convolution.padding_mode = part.padding_mode
+    if part.stored is not None:
+        put_blanks(model, part.tensors, part.stored, part.source)
     check_tensors(model, part.tensors, part.source)
     return model.eval().requires_grad_(False)
 

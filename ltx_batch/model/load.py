@@ -40,7 +40,9 @@ def load_pipeline(
         raise JobError("placement sharded wants several GPUs in one worker: set worker.num_gpus to 2 or more")
     if memory_gib is not None:
         limit_memory(device, memory_gib)
-    sizes = sizes_of(open_checkpoint(checkpoint, upsampler=upsampler), policy)
+    opened = open_checkpoint(checkpoint, upsampler=upsampler)
+    sizes = sizes_of(opened, policy)
+    to_quantise = policy.quantize is not None and opened.transformer.stored is None
     home = device if first_mode(sizes, room(device, memory_gib), placement) == "resident" else _CPU
     parts = load_checkpoint(
         checkpoint,
@@ -48,7 +50,7 @@ def load_pipeline(
         text_encoder=text if isinstance(text, Path) else None,
         upsampler=upsampler,
         with_text=isinstance(text, Path),
-        device=home if policy.quantize is None else _CPU,
+        device=_CPU if to_quantise else home,
     )
     return LtxPipeline(
         parts,
@@ -57,7 +59,7 @@ def load_pipeline(
         placement=placement,
         home=home,
         memory_gib=memory_gib,
-        unquantised=partial(load_transformer, checkpoint, getattr(torch, policy.dtype)) if policy.quantize else None,
+        unquantised=partial(load_transformer, checkpoint, getattr(torch, policy.dtype)) if to_quantise else None,
         text_missed=text if isinstance(text, CheckpointError) else None,
         text_cache=text_cache,
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ltx_batch.errors import CheckpointError
+from ltx_batch.model.quantize.stored import Stored, stored_form
 from ltx_batch.model.sigmas import SchedulerConfig
 from ltx_batch.tensor_file import StoredTensor, read_tensor_file
 
@@ -26,7 +27,8 @@ class Part:
     """One model: the configuration of diffusers' class, and its tensors by that class's names.
 
     `attributes` are set on the built model by their paths, and modules in `unused` taken out of it: what the official
-    model has and the configuration cannot say. `padding_mode` is of the convolutions.
+    model has and the configuration cannot say. `padding_mode` is of the convolutions. `stored` says how the weights are
+    quantised already.
     """
 
     source: str
@@ -35,6 +37,7 @@ class Part:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros"
+    stored: Stored | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +67,12 @@ def read_component(folder: Path, name: str) -> Part:
         kind = next((kind for kind in kinds if kind), "no class name")
         raise CheckpointError(f"{folder} is not a {KINDS[name]}: its config.json says {kind}")
     tensors: dict[str, StoredTensor] = {}
-    for file in _weight_files(folder):
-        tensors |= read_tensor_file(file).tensors
+    metadata: dict[str, str] = {}
+    for file in map(read_tensor_file, _weight_files(folder)):
+        tensors, metadata = {**tensors, **file.tensors}, {**metadata, **file.metadata}
     if name == "text_encoder":  # T5's decoder, which some folders hold too, is never used
         tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(("shared.", "encoder."))}
-    return Part(str(folder), config, tensors)
+    return Part(str(folder), config, tensors, stored=stored_form(tensors, metadata, str(folder)))
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -106,7 +106,7 @@ class LtxPipeline:
         if policy.name == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in the VAE's convolutions too
         home = home or device
-        quantized = apply_policy(parts.transformer, parts.vae, policy, home)
+        quantized = apply_policy(parts.transformer, parts.vae, policy, home, stored=parts.stored)
         self.device = device
         self._load_unquantised = unquantised
         self.scheduler: SchedulerConfig = parts.scheduler

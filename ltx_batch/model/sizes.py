@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from ltx_batch.model.memory import ModelSizes
 from ltx_batch.model.part import Part, Parts
 from ltx_batch.model.quantize.policy import BLOCKS, Precision, matches
+from ltx_batch.tensor_file import ITEM_BYTES
 
 
 def sizes_of(parts: Parts, policy: Precision) -> ModelSizes:
@@ -40,7 +41,7 @@ def _transformer_bytes(part: Part, policy: Precision, number: int) -> tuple[Mapp
     layers = [
         name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2
     ]
-    becomes = policy.table(layers)
+    becomes = {} if part.stored else policy.table(layers)
     blocks: defaultdict[int, int] = defaultdict(int)
     rest = 0
     for name, shape in shapes.items():
@@ -48,6 +49,7 @@ def _transformer_bytes(part: Part, policy: Precision, number: int) -> tuple[Mapp
         if any(matches(layer, pattern) for pattern in policy.parked):
             continue
         quantized = name.endswith(".weight") and becomes.get(layer) not in (None, "fp32", "bf16")
+        quantized = quantized or (part.stored is not None and ITEM_BYTES[part.tensors[name].dtype] == 1)
         taken = math.prod(shape) * (1 if quantized else number)
         if name.startswith(f"{BLOCKS}."):
             blocks[int(name.split(".")[1])] += taken

@@ -25,13 +25,15 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
 
 
 def fill(module: nn.Module, tensors: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device) -> None:
     """Give a module that was built on the meta device its weights, cast to `dtype`, on `device`.
 
-    `tensors` are those that `check_tensors` let pass. Raises CheckpointError where a file has shrunk since its header was
+    A layer's attribute STORED names those that have a type of their own. `tensors` are those that `check_tensors` let pass. Raises CheckpointError where a file has shrunk since its header was
     read.
     """
     homes = module.state_dict(keep_vars=True)
@@ -42,7 +44,9 @@ def fill(module: nn.Module, tensors: Mapping[str, StoredTensor], dtype: torch.dt
         with Path(file).open("rb", buffering=0) as stream:
             for name, stored in entries:
                 if id(homes[name]) not in filled:
-                    weight = _read(stream, stored, dtype, device, piece)
+                    owner, _, leaf = name.rpartition(".")
+                    own = getattr(module.get_submodule(owner), "STORED", {}).get(leaf, dtype)
+                    weight = _read(stream, stored, own, device, piece)
                     trainable = isinstance(homes[name], nn.Parameter)
                     filled[id(homes[name])] = nn.Parameter(weight, requires_grad=False) if trainable else weight
     for name, home in homes.items():

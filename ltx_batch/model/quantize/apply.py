@@ -5,20 +5,37 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import nn
 
 from ltx_batch.model.quantize.block import fuse_blocks
 from ltx_batch.model.quantize.policy import Precision
-from ltx_batch.model.quantize.swap import quantize_convolutions, quantize_model
+from ltx_batch.model.quantize.saved import finish_bitsandbytes
+from ltx_batch.model.quantize.stored import Stored
+from ltx_batch.model.quantize.swap import check_device, is_quantized, quantize_convolutions, quantize_model, told
 
 
-def apply_policy(transformer: Any, vae: Any, policy: Precision, device: torch.device) -> dict[str, Any]:
+def apply_policy(
+    transformer: Any, vae: Any, policy: Precision, device: torch.device, *, stored: Stored | None = None
+) -> dict[str, Any]:
     """Quantise in place, on `device`; returns what a record says of it. Raises PrecisionError.
 
-    int8 also puts fused blocks in the place of the transformer's, int8-weight quantises the VAE's convolutions too.
+    A transformer that came quantised, as `stored` says, is taken as it is. int8 also puts fused blocks in the place of
+    the transformer's, int8-weight quantises the VAE's convolutions too.
     """
-    found = quantize_model(transformer, policy, device)
+    found = quantize_model(transformer, policy, device) if stored is None else _take(transformer, policy, device)
     if policy.quantize == "int8":
         found["fused_blocks"] = fuse_blocks(transformer)
     if policy.quantize == "int8-weight":
         found["vae"] = quantize_convolutions(vae, device)
     return found
+
+
+def _take(transformer: nn.Module, policy: Precision, device: torch.device) -> dict[str, Any]:
+    check_device(policy, device)
+    finish_bitsandbytes(transformer, policy.threshold, device)
+    table = {
+        name: policy.quantize or "" if is_quantized(layer) else policy.dtype
+        for name, layer in transformer.named_modules()
+        if isinstance(layer, nn.Linear) or is_quantized(layer)
+    }
+    return {**told(policy, table), "prequantized": True}

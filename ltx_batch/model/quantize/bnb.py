@@ -6,10 +6,12 @@ Built by hand and not through diffusers' quantisation config, which needs a GPU 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+
+from ltx_batch.errors import CheckpointError
 
 # It computes in fp16 whatever the model holds, and says so at every other call.
 warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
@@ -26,18 +28,40 @@ def quantized(layer: nn.Linear, threshold: float, device: torch.device) -> nn.Mo
     return made.to(device)
 
 
-def restored(
-    weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, threshold: float, device: torch.device
-) -> nn.Module:
-    """The layer of a bitsandbytes checkpoint: `weight` int8 [out, in], `scale` (there called SCB) fp32 [out]."""
-    import bitsandbytes
+class StoredLinear8bit(nn.Module):
+    """What a checkpoint holds of such a layer, by bitsandbytes' names: `SCB` fp32 [out] is the largest of each row."""
 
-    made = _blank(weight.shape[1], weight.shape[0], bias is not None, threshold)
-    made.weight = bitsandbytes.nn.Int8Params(weight.to(device), requires_grad=False, has_fp16_weights=False)
-    made.weight.SCB = scale.to(device)
-    if bias is not None:
-        made.bias = nn.Parameter(bias.to(device), requires_grad=False)
-    return made
+    STORED: ClassVar = {"weight": torch.int8, "SCB": torch.float32, "weight_format": torch.uint8}
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8, device="meta"))
+        self.register_buffer("SCB", torch.empty(out_features, device="meta"))
+        self.register_buffer("weight_format", torch.empty((), dtype=torch.uint8, device="meta"))
+        self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device="meta") if bias else None)
+
+    def restored(self, threshold: float, device: torch.device) -> nn.Module:
+        """The layer that works, on `device`. Raises CheckpointError for rows in another order than they came."""
+        import bitsandbytes
+
+        weight, scale, bias = self.get_buffer("weight"), self.get_buffer("SCB"), self._buffers["bias"]
+        if int(self.get_buffer("weight_format")) != 0:
+            raise CheckpointError(
+                "this bitsandbytes checkpoint has weights in another order than by rows: save it again"
+            )
+        made = _blank(weight.shape[1], weight.shape[0], bias is not None, threshold)
+        made.weight = bitsandbytes.nn.Int8Params(weight.to(device), requires_grad=False, has_fp16_weights=False)
+        made.weight.SCB = scale.to(device)
+        if bias is not None:
+            made.bias = nn.Parameter(bias.to(device), requires_grad=False)
+        return made
+
+
+def saved(layer: Any) -> dict[str, torch.Tensor]:
+    """Its tensors as a checkpoint has them."""
+    weight = layer.weight.data if layer.weight.data.dtype == torch.int8 else layer.state.CB
+    found = {"weight": weight, "SCB": scale_of(layer), "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
 
 
 def is_quantized(layer: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ _SINCE = (8, 9)
 
 class Fp8Linear(nn.Module):
     """`weight` float8_e4m3fn [out_features, in_features], `weight_scale` fp32 [out_features], `bias` or None."""
+
+    STORED: ClassVar = {"weight": torch.float8_e4m3fn, "weight_scale": torch.float32}
 
     def __init__(
         self,

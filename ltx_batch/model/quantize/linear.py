@@ -6,7 +6,7 @@ a batch depends on another. With a Hadamard group both are rotated first, which 
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
@@ -21,6 +21,8 @@ class Int8Linear(nn.Module):
 
     `hadamard_group` inputs are rotated together, in the weight already and in what comes in at each call; 0 for none.
     """
+
+    STORED: ClassVar = {"weight": torch.int8, "weight_scale": torch.float32}
 
     def __init__(
         self,

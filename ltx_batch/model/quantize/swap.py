@@ -42,7 +42,9 @@ def quantize_model(
         if becomes == policy.quantize:
             put(model, name, make(layers[name]))
             del layers[name]  # so that never more than one layer is there twice
-    return told(policy, table, before_bytes - stored_bytes(model), blocks=blocks)
+    saved_bytes = before_bytes - stored_bytes(model)
+    log.info("%s saves %.2f GiB", policy.name, saved_bytes / 2**30)
+    return {**told(policy, table, blocks=blocks), "saved_bytes": saved_bytes}
 
 
 def quantize_convolutions(model: nn.Module, device: torch.device) -> dict[str, Any]:
@@ -55,22 +57,16 @@ def quantize_convolutions(model: nn.Module, device: torch.device) -> dict[str, A
     return {"quantized_convolutions": len(layers), "saved_bytes": before_bytes - stored_bytes(model)}
 
 
-def told(policy: Precision, table: Mapping[str, str], saved_bytes: int, *, blocks: str = BLOCKS) -> dict[str, Any]:
+def told(policy: Precision, table: Mapping[str, str], *, blocks: str = BLOCKS) -> dict[str, Any]:
     """What a record and the log say of a model that became what `table` says."""
     chosen = sum(becomes == policy.quantize for becomes in table.values())
     skipped = sum(name.startswith(f"{blocks}.") for name in table) - chosen
-    found: dict[str, Any] = {"quantized_layers": chosen, "skipped_layers": skipped, "saved_bytes": saved_bytes}
+    found: dict[str, Any] = {"quantized_layers": chosen, "skipped_layers": skipped}
     if policy.quantize == "bnb-int8":
         found["llm_int8_threshold"] = policy.threshold
     if policy.quantize == "int8":
         found["hadamard_group"] = policy.hadamard_group
-    log.info(
-        "%s: %d linear layers quantised, %d of the blocks' left as they are, %.2f GiB saved",
-        policy.name,
-        chosen,
-        skipped,
-        saved_bytes / 2**30,
-    )
+    log.info("%s: %d linear layers quantised, %d of the blocks' left as they are", policy.name, chosen, skipped)
     return found
 
 

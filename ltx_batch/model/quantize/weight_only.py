@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import nn
@@ -15,6 +15,8 @@ GROUP = 128  # inputs that share a scale
 
 class Int8WeightLinear(nn.Module):
     """`weight` int8 [out_features, in_features], `weight_scale` [out_features, groups] and `bias` in the model's dtype."""
+
+    STORED: ClassVar = {"weight": torch.int8}
 
     def __init__(
         self,

@@ -1,0 +1,81 @@
+"""Quantised models to files and back: the bytes that were computed with, and no other copy of a layer at any time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ltx_batch.errors import CheckpointError
+from ltx_batch.model.quantize import bnb
+from ltx_batch.model.quantize.fp8 import Fp8Linear
+from ltx_batch.model.quantize.hadamard import fitting_group
+from ltx_batch.model.quantize.linear import Int8Linear
+from ltx_batch.model.quantize.policy import Precision
+from ltx_batch.model.quantize.stored import BNB_SCALE, Stored
+from ltx_batch.model.quantize.weight_only import Int8WeightLinear
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+_SCALE = ".weight_scale"
+
+
+def put_blanks(model: nn.Module, names: Iterable[str], stored: Stored, source: str) -> None:
+    """In a model on the meta device, put quantised layers where the files with tensors of these `names` have them.
+
+    Raises CheckpointError where the files have what no such layer holds.
+    """
+    ending = BNB_SCALE if stored.name == "bnb-int8" else _SCALE
+    for name in [name.removesuffix(ending) for name in names if name.endswith(ending)]:
+        try:
+            layer = model.get_submodule(name)
+        except AttributeError:
+            layer = None
+        if not isinstance(layer, nn.Linear):
+            raise CheckpointError(f"{source} has a quantised {name}, and the model no linear layer of that name")
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, _blank(layer, stored, source))
+
+
+def finish_bitsandbytes(model: nn.Module, threshold: float, device: torch.device) -> None:
+    """Make bitsandbytes' layers of what was read of them, on `device`."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, bnb.StoredLinear8bit):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.restored(threshold, device))
+
+
+def save_model(
+    model: Any, config: Mapping[str, Any], policy: Precision, folder: Path, source: Mapping[str, str]
+) -> None:
+    """Write config.json and weights of a quantised model to `folder`; `source` is {file: sha256} of what it was made from.
+
+    bitsandbytes' layers are written under its own names, which diffusers reads too.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    for name, layer in model.named_modules():
+        if bnb.is_quantized(layer):
+            tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in bnb.saved(layer).items()}
+    save_file(tensors, folder / WEIGHTS, Stored.of(policy, source).metadata())
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
+
+
+def _blank(layer: nn.Linear, stored: Stored, source: str) -> nn.Module:
+    sizes = (layer.in_features, layer.out_features)
+    bias, dtype = layer.bias is not None, layer.weight.dtype
+    match stored.name:
+        case "int8":
+            group = fitting_group(stored.hadamard_group, layer.in_features)
+            return Int8Linear(*sizes, bias=bias, dtype=dtype, hadamard_group=group)
+        case "int8-weight":
+            return Int8WeightLinear(*sizes, bias=bias, dtype=dtype)
+        case "fp8":
+            return Fp8Linear(*sizes, bias=bias, dtype=dtype)
+        case "bnb-int8":
+            return bnb.StoredLinear8bit(*sizes, bias=bias, dtype=dtype)
+    raise CheckpointError(f"{source} is quantised as {stored.name}, which this version does not know")
