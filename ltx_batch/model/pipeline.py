@@ -350,8 +350,10 @@ class LtxPipeline:
         give_back(self.device)
 
     def _advice(self) -> str:
-        if self._load_unquantised is None or "unquantised" in self.ran:
+        if self.ran["precision"] in ("fp32", "bf16") or "unquantised" in self.ran:
             return "are the weights whole?"
+        if self._load_unquantised is None:
+            return "the checkpoint comes quantised: render this row from one that does not, with precision bf16"
         return "another attempt renders it without quantisation; where that is often, use precision bf16"
 
 

@@ -30,8 +30,8 @@ def overflow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantised models have an infinity in their last layer: on a CPU no product overflows by itself."""
     apply_policy = pipeline.apply_policy
 
-    def spoil(transformer: Any, vae: Any, policy: Any, device: torch.device) -> dict[str, Any]:
-        found = apply_policy(transformer, vae, policy, device)
+    def spoil(transformer: Any, vae: Any, policy: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        found = apply_policy(transformer, vae, policy, *args, **kwargs)
         if policy.quantize is not None:
             transformer.proj_out.bias.fill_(torch.inf)
         return found
