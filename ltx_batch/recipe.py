@@ -12,7 +12,12 @@ from ltx_batch.job import JobSpec
 from ltx_batch.manifest import hash_loras, job_loras
 from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config, pipeline_config_sha256
 from ltx_batch.record import SCHEMA_VERSION
-from ltx_batch.renderer import checkpoint_fingerprint, resolve_precision, resolve_preprocess
+from ltx_batch.renderer import (
+    checkpoint_fingerprint,
+    resolve_checkpoint,
+    resolve_precision,
+    resolve_preprocess,
+)
 from ltx_batch.request import LoraRef, canonical, lora_set
 
 
@@ -49,7 +54,11 @@ def make_recipe(job: JobSpec) -> dict[str, Any]:
 
 def job_precision(job: JobSpec) -> str:
     """The job's precision by its real name, on the device of this process. Raises PrecisionError and JobError."""
-    return resolve_precision(job.model.precision, job.model.device, named_config(job))
+    model = job.model
+    checkpoint = resolve_checkpoint(model.checkpoint) if model.checkpoint and model.renderer == "ltx" else None
+    return resolve_precision(
+        model.precision, model.device, named_config(job), checkpoint=checkpoint, options=job.storage.options
+    )
 
 
 def named_config(job: JobSpec) -> PipelineConfig | None:

@@ -14,7 +14,7 @@ from ltx_batch.errors import CheckpointError, JobError
 from ltx_batch.job import ModelSpec
 from ltx_batch.lora import Shapes
 from ltx_batch.model.frames import load_media
-from ltx_batch.model.layers import transformer_layers
+from ltx_batch.model.layers import transformer_layers, transformer_stored
 from ltx_batch.model.memory import ModelSizes
 from ltx_batch.model.parts import open_checkpoint
 from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config
@@ -207,8 +207,9 @@ def load_renderer(
         use_threads(torch_threads)
     place = pick_device(device)
     sources, config = _find(checkpoint, pipeline_config, text_encoder, upsampler, options)
-    name = resolve_precision(precision, place.type, config)
-    chosen = policy.precision(
+    stored = transformer_stored(sources.checkpoint, options)
+    name = resolve_precision(precision, place.type, config, checkpoint=sources.checkpoint, options=options)
+    chosen = (policy.precision if stored is None else stored.policy)(
         name,
         place.type,
         threshold=llm_int8_threshold,
@@ -269,14 +270,19 @@ def job_sizes(model: ModelSpec, options: Mapping[str, Any] | None = None) -> Mod
         checkpoint, upsampler = Path(sources.checkpoint), None if sources.upsampler is None else Path(sources.upsampler)
         if not checkpoint.exists() or (upsampler is not None and not upsampler.exists()):
             return None
-        chosen = policy.precision(
-            resolve_precision(model.precision, device, config),
+        opened = open_checkpoint(checkpoint, upsampler=upsampler)
+        stored = opened.transformer.stored
+        name: str = model.precision
+        if name == "auto":
+            name = stored.name if stored else resolve_precision(name, device, config)
+        chosen = (stored.policy if stored else policy.precision)(
+            name,
             device,
             skip=model.skip_modules,
             hadamard_group=model.hadamard_group,
             keep_blocks=model.keep_blocks,
         )
-        return sizes_of(open_checkpoint(checkpoint, upsampler=upsampler), chosen)
+        return sizes_of(opened, chosen)
     except CheckpointError:
         return None
 
@@ -371,15 +377,38 @@ def resolve_preprocess(asked: str | None, named: PipelineConfig | None) -> str:
     return asked or ("official" if named is not None and named.checkpoint_path else "none")
 
 
-def resolve_precision(name: str, device: str, config: PipelineConfig | None = None) -> str:
-    """`auto` as a real name: fp32 on a CPU, on a GPU what the pipeline config asks for, else bf16.
+def resolve_precision(
+    name: str,
+    device: str,
+    config: PipelineConfig | None = None,
+    *,
+    checkpoint: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> str:
+    """`auto` as a real name: what the checkpoint is quantised as; else fp32 on a CPU, and on a GPU what is fastest there for
+    its transformer. What cannot be timed here is what the pipeline config asks for, else bf16.
 
     `device` is cpu, cuda or auto. Raises PrecisionError.
     """
-    if name == "auto" and device == "auto":
+    if name != "auto":
+        return policy.resolve_name(name, device)
+    stored = None if checkpoint is None else transformer_stored(checkpoint, options)
+    if stored is not None:
+        return stored.name
+    if device == "auto":
         from ltx_batch.model.device import pick_device
 
         device = pick_device(device).type
-    if name == "auto" and device != "cpu" and config is not None:
-        name = config.resolve_precision()
-    return policy.resolve_name(name, device)
+    timed = None if device == "cpu" or checkpoint is None else _fastest(checkpoint, options)
+    if timed is None and device != "cpu" and config is not None:
+        timed = config.resolve_precision()
+    return timed or policy.resolve_name(name, device)
+
+
+def _fastest(checkpoint: str, options: Mapping[str, Any] | None) -> str | None:
+    """The precision in which this GPU is fastest; None without a GPU, or a checkpoint at hand."""
+    from ltx_batch.model.quantize.probe import best_precision_here
+
+    layers = transformer_layers(checkpoint, options) or {}
+    first = layers.get(f"{policy.BLOCKS}.0.attn1.to_q")
+    return None if first is None else best_precision_here(first[1])

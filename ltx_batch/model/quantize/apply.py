@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from ltx_batch.model.quantize.saved import finish_bitsandbytes
 from ltx_batch.model.quantize.stored import Stored
 from ltx_batch.model.quantize.swap import check_device, is_quantized, quantize_convolutions, quantize_model, told
 
+log = logging.getLogger(__name__)
+
 
 def apply_policy(
     transformer: Any, vae: Any, policy: Precision, device: torch.device, *, stored: Stored | None = None
@@ -23,6 +26,8 @@ def apply_policy(
     the transformer's, int8-weight quantises the VAE's convolutions too.
     """
     found = quantize_model(transformer, policy, device) if stored is None else _take(transformer, policy, device)
+    if found:
+        log.info("%s: %s", policy.name, ", ".join(f"{name} {value}" for name, value in found.items()))
     if policy.quantize == "int8":
         found["fused_blocks"] = fuse_blocks(transformer)
     if policy.quantize == "int8-weight":

@@ -50,8 +50,11 @@ class StoredLinear8bit(nn.Module):
                 "this bitsandbytes checkpoint has weights in another order than by rows: save it again"
             )
         made = _blank(weight.shape[1], weight.shape[0], bias is not None, threshold)
-        made.weight = bitsandbytes.nn.Int8Params(weight.to(device), requires_grad=False, has_fp16_weights=False)
-        made.weight.SCB = scale.to(device)
+        codes = weight.to(device)
+        # Without CB the first call would take the codes for weights, and round them once more.
+        made.weight = bitsandbytes.nn.Int8Params(
+            codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=scale.to(device)
+        )
         if bias is not None:
             made.bias = nn.Parameter(bias.to(device), requires_grad=False)
         return made

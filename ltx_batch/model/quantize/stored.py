@@ -45,29 +45,43 @@ class Stored:
         }
         return {"format": "pt", QUANTIZED_KEY: json.dumps(told)}
 
-    def policy(self, asked: Precision, device: str) -> Precision:
-        """The policy that these weights can be used by, with the threshold that is asked for.
+    def policy(
+        self,
+        name: str,
+        device: str,
+        *,
+        threshold: float = 0.0,
+        skip: tuple[str, ...] = (),
+        hadamard_group: int | None = None,
+        keep_blocks: int | None = None,
+    ) -> Precision:
+        """The policy that these weights can be used by; arguments as of `precision`, of which the threshold alone is free.
 
         Raises PrecisionError where another one is asked for: weights cannot be rounded twice.
         """
         wrong = [
-            f"{name} {wanted!r} where it has {held!r}"
-            for name, wanted, held in (
-                ("precision", asked.name, self.name),
-                ("skip_modules", asked.skip or self.skip, self.skip),
-                ("keep_blocks", self.keep_blocks if asked.keep_blocks is None else asked.keep_blocks, self.keep_blocks),
+            f"{what} {asked!r} (it has {held!r})"
+            for what, asked, held in (
+                ("precision", name, self.name),
+                ("skip_modules", skip or self.skip, self.skip),
+                (
+                    "hadamard_group",
+                    self.hadamard_group if hadamard_group is None else hadamard_group,
+                    self.hadamard_group,
+                ),
+                ("keep_blocks", self.keep_blocks if keep_blocks is None else keep_blocks, self.keep_blocks),
             )
-            if wanted != held
+            if asked != held
         ]
         if wrong:
             raise PrecisionError(
-                f"this checkpoint is quantised already, and cannot be used with {', '.join(wrong)}: leave these settings "
-                "out (precision auto takes what is there), or name the original checkpoint"
+                f"this checkpoint is quantised already, and cannot be used with {', '.join(wrong)}: leave that out "
+                "(precision auto takes what is there), or name the original checkpoint"
             )
         return precision(
             self.name,
             device,
-            threshold=asked.threshold,
+            threshold=threshold,
             skip=self.skip,
             hadamard_group=self.hadamard_group,
             keep_blocks=self.keep_blocks,

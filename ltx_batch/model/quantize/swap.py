@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib.util import find_spec
@@ -17,8 +16,6 @@ from ltx_batch.model.quantize.fp8 import Fp8Linear
 from ltx_batch.model.quantize.linear import Int8Linear
 from ltx_batch.model.quantize.policy import BLOCKS, Precision
 from ltx_batch.model.quantize.weight_only import Int8WeightConv3d, Int8WeightLinear
-
-log = logging.getLogger(__name__)
 
 
 def quantize_model(
@@ -42,9 +39,7 @@ def quantize_model(
         if becomes == policy.quantize:
             put(model, name, make(layers[name]))
             del layers[name]  # so that never more than one layer is there twice
-    saved_bytes = before_bytes - stored_bytes(model)
-    log.info("%s saves %.2f GiB", policy.name, saved_bytes / 2**30)
-    return {**told(policy, table, blocks=blocks), "saved_bytes": saved_bytes}
+    return {**told(policy, table, blocks=blocks), "saved_bytes": before_bytes - stored_bytes(model)}
 
 
 def quantize_convolutions(model: nn.Module, device: torch.device) -> dict[str, Any]:
@@ -58,7 +53,7 @@ def quantize_convolutions(model: nn.Module, device: torch.device) -> dict[str, A
 
 
 def told(policy: Precision, table: Mapping[str, str], *, blocks: str = BLOCKS) -> dict[str, Any]:
-    """What a record and the log say of a model that became what `table` says."""
+    """What a record says of a model that became what `table` says."""
     chosen = sum(becomes == policy.quantize for becomes in table.values())
     skipped = sum(name.startswith(f"{blocks}.") for name in table) - chosen
     found: dict[str, Any] = {"quantized_layers": chosen, "skipped_layers": skipped}
@@ -66,7 +61,6 @@ def told(policy: Precision, table: Mapping[str, str], *, blocks: str = BLOCKS) -
         found["llm_int8_threshold"] = policy.threshold
     if policy.quantize == "int8":
         found["hadamard_group"] = policy.hadamard_group
-    log.info("%s: %d linear layers quantised, %d of the blocks' left as they are", policy.name, chosen, skipped)
     return found
 
 
