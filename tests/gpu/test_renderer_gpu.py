@@ -43,7 +43,9 @@ def error(clip: Clip, reference: Clip) -> float:
     return float(np.abs(clip.frames.astype(float) - reference.frames).mean() / reference.frames.std())
 
 
-@pytest.mark.parametrize(("precision", "limit"), [("fp32", 0.002), ("bf16", 0.1), ("bnb-int8", 0.1)])
+@pytest.mark.parametrize(
+    ("precision", "limit"), [("fp32", 0.002), ("bf16", 0.1), ("bnb-int8", 0.1), ("int8", 0.1), ("int8-weight", 0.1)]
+)
 def test_a_gpu_renders_what_the_cpu_renders(tiny: Path, reference: Clip, precision: str, limit: float) -> None:
     renderer = load_renderer(str(tiny), precision=precision, device="cuda")
     clip = renderer.render([REQUEST])[0]
@@ -53,13 +55,13 @@ def test_a_gpu_renders_what_the_cpu_renders(tiny: Path, reference: Clip, precisi
     assert clip.peak_bytes is not None and clip.peak_bytes > sum(renderer.weights_bytes.values())
 
 
-def test_auto_is_bf16_on_a_gpu(tiny: Path) -> None:
+def test_auto_is_what_is_fastest_on_a_gpu(tiny: Path) -> None:
     renderer = load_renderer(str(tiny))
-    assert renderer.precision == "bf16"
+    assert renderer.precision in ("bf16", "int8", "fp8")
     assert renderer.render([REQUEST])[0].ran["dtype"] == "bfloat16"
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "bnb-int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bnb-int8", "int8", "int8-weight"])
 def test_the_same_bits_come_again(tiny: Path, precision: str) -> None:
     options: dict[str, Any] = {"precision": precision, "device": "cuda"}
     first, second = (load_renderer(str(tiny), **options).render([REQUEST])[0] for _ in range(2))

@@ -125,6 +125,22 @@ def test_state_keeps_its_names(loaded: Any) -> None:
     assert all(isinstance(block, FusedBlock) for block in fused.transformer_blocks)
 
 
+def test_what_shares_a_product_lies_together_wherever_it_goes(loaded: Any) -> None:
+    _, fused = pair(loaded, {})
+    attention = fused.transformer_blocks[1].attn1
+
+    def together() -> bool:
+        pointers = [layer.weight.data_ptr() for layer in (attention.to_q, attention.to_k, attention.to_v)]
+        return [pointer - pointers[0] for pointer in pointers] == [0, 128 * 128, 2 * 128 * 128]
+
+    assert together()
+    attention.to_k.weight.data = attention.to_k.weight.data.clone()
+    assert not together()
+    before = call(fused)
+    fused._apply(torch.clone)  # as a move would
+    assert together() and torch.equal(call(fused), before)
+
+
 def test_blocks_of_another_kind_stay_diffusers_own(tmp_path: Path) -> None:
     odd = write_tiny_checkpoint(tmp_path, transformer={"norm_elementwise_affine": True})
     model = load_checkpoint(odd, torch.float32).transformer

@@ -45,6 +45,7 @@ class FusedBlock(nn.Module):
         self._number, self._text = number, text
         self.chunk_tokens: int | None = None  # tokens that the feed-forward works on at a time; None for all
         self._compiled: Callable[..., torch.Tensor] | None = None
+        self._pack()
 
     def forward(
         self,
@@ -69,13 +70,23 @@ class FusedBlock(nn.Module):
         return self.attn2.to_k, self.attn2.to_v
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        """What moves the block: parked layers go to the GPU and come back."""
+        """What moves the block: parked layers go to the GPU and come back, and what lay together lies together again."""
         super()._apply(fn, recurse)
-        for layer in self.parked_layers:
-            for parameter in layer.parameters():
+        self._pack()
+        with torch.inference_mode(False):
+            for parameter in (parameter for layer in self.parked_layers for parameter in layer.parameters()):
                 if parameter.device.type == "cuda":
                     parameter.data = parameter.data.cpu().pin_memory()
         return self
+
+    def _pack(self) -> None:
+        """Lay the int8 weights of query, key and value behind each other, which Hopper's kernel wants of one product."""
+        layers = (self.attn1.to_q, self.attn1.to_k, self.attn1.to_v)
+        if all(isinstance(layer, Int8Linear) for layer in layers):
+            with torch.inference_mode(False):  # a parameter's data must not be an inference tensor
+                whole = torch.cat([layer.weight.data for layer in layers])
+                for layer, weight in zip(layers, whole.chunk(3), strict=True):
+                    layer.weight.data = weight
 
     def _project(self, states: torch.Tensor) -> KeysValues:
         keys = self.attn2.norm_k(_call_here(self.attn2.to_k, states))
