@@ -66,12 +66,17 @@ WATCHES: list[PeakWatch] = []
 
 
 def load(name: str, options: argparse.Namespace, device: torch.device) -> LtxRenderer:
+    """Parts begin on the device where all of them may stay there, else in host memory, as parts from files do."""
     policy = precision(options.precision, device.type)
-    # Parts that are to be quantised, or streamed, begin in host memory, as parts from files do.
-    plain = policy.quantize is None and options.memory_gib is None and options.placement in ("auto", "resident")
-    home = device if plain or device.type == "cpu" else torch.device("cpu")
-    make_on = device if device.type == "cuda" and options.memory_gib is None else home
-    parts = random_parts(name, getattr(torch, policy.dtype), make_on)
+    parts = random_parts(name, getattr(torch, policy.dtype), device)
+    home = device
+    if options.memory_gib is not None or options.placement in ("offload", "sharded"):
+        home = torch.device("cpu")
+        for part in (parts.transformer, parts.vae, parts.latent_upsampler):
+            part.to(home)
+        give_back(device)
+    if options.memory_gib is not None:
+        limit_memory(device, options.memory_gib)
     pipeline = LtxPipeline(parts, policy, device, placement=options.placement, home=home, memory_gib=options.memory_gib)
     return LtxRenderer(pipeline, load_pipeline_config(PRESETS[name]))
 
@@ -142,10 +147,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     if options.tiny:
-        options.models, options.sizes, options.precision = ["tiny"], [(64, 96, 9), (128, 192, 9)], "fp32"
+        options.models, options.sizes = ["tiny"], [(64, 96, 9), (128, 192, 9)]
     device = pick_device("cpu" if options.tiny else "cuda")
-    if options.memory_gib is not None:
-        limit_memory(device, options.memory_gib)
     render.Stopwatch = PeakWatch  # type: ignore[misc]
     run(options, device)
 
@@ -181,8 +184,9 @@ def run(options: argparse.Namespace, device: torch.device) -> None:
             del renderer
             gc.collect()
             give_back(device)
+            if device.type == "cuda":
+                torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    main()

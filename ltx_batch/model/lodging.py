@@ -46,6 +46,7 @@ class Lodging:
         models = [self._transformer, self._vae, *([self._upsampler] if self._upsampler is not None else [])]
         return sum(bytes_on(model, device) for model in models)
 
+    @torch.inference_mode(False)  # tensors of inference could never be moved between their places
     def settle(self, placement: Placement) -> None:
         """Take up the placement's mode."""
         if self.mode == placement.mode:
@@ -74,12 +75,13 @@ class Lodging:
     @contextmanager
     def at(self, stage: str, placement: Placement, number: int = 0) -> Iterator[None]:
         """Within it, what works in `stage` is on the device: in `denoise` the transformer, for the pass of that number."""
-        if self._stand_in is not None:
-            self._stand_in.come() if stage == "denoise" else self._stand_in.leave()
-        elif self._streamed is not None and stage == "denoise":
-            self._streamed.come(placement.passes[number].kept_blocks)
-        elif self._streamed is not None:
-            self._streamed.leave(placement.beside[stage])
+        transformer = self._stand_in or self._streamed
+        if transformer is not None and stage != "denoise":
+            transformer.leave(None if self._stand_in else placement.beside[stage])
+        if self._guests:
+            give_back(self._device)  # else what stays lies in the gaps of what left, and no large piece is whole
+        if transformer is not None and stage == "denoise":
+            transformer.come(0 if self._stand_in else placement.passes[number].kept_blocks)
         guest = self._guests.get(stage)
         if guest is not None:
             guest.come()
@@ -89,6 +91,7 @@ class Lodging:
             if guest is not None:
                 guest.leave()
 
+    @torch.inference_mode(False)
     def leave(self) -> None:
         """All that can leaves the device, to come back for its stages: parts in place are so no longer."""
         if self.mode in (None, "resident"):

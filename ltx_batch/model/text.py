@@ -60,7 +60,8 @@ class TextEncoder:
     @classmethod
     def load(cls, parts: TextLoader, device: torch.device) -> TextEncoder:
         """Raises CheckpointError."""
-        return cls(parts.tokenizer, parts.load(device), device)
+        with torch.inference_mode(False):  # tensors of inference could never be moved between their places
+            return cls(parts.tokenizer, parts.load(device), device)
 
     @torch.inference_mode()
     def encode(self, text: str) -> torch.Tensor:

@@ -52,7 +52,7 @@ def one(renderer: LtxRenderer, request: RenderRequest = REQUEST) -> Clip:
     return renderer.render([request])[0]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int8-weight", "bnb-int8"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_offload_renders_the_same_bits(tiny: Path, precision: str) -> None:
     resident, offload = (loaded(tiny, precision=precision, placement=how) for how in ("resident", "offload"))
     expected = one(resident)
@@ -60,6 +60,19 @@ def test_offload_renders_the_same_bits(tiny: Path, precision: str) -> None:
         clip = one(offload)
         assert clip.frames_sha256() == expected.frames_sha256()
     assert clip.ran["placement"]["mode"] == "offload"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8", "int8-weight", "bnb-int8"])
+def test_a_model_that_leaves_the_device_renders_the_same_bits(tiny: Path, precision: str) -> None:
+    """With the weights that were rounded on the device: rounded on a CPU, their last bits may differ."""
+    renderer = loaded(tiny, precision=precision)
+    expected = one(renderer)
+    assert expected.ran["placement"]["mode"] == "resident"
+    renderer._pipeline.lodging.leave()
+    for _ in range(3):
+        clip = one(renderer)
+        assert clip.ran["placement"]["mode"] == "offload"
+        assert clip.frames_sha256() == expected.frames_sha256()
 
 
 @pytest.mark.parametrize("kept", range(BLOCKS + 1))

@@ -195,8 +195,9 @@ def rest() -> Rest:
 
 @pytest.fixture
 def own(tiny: Path) -> TextEncoder:
-    """One for a test of its own, which it may send to and fro."""
-    return TextEncoder.load(find_text(tiny, "float32"), CPU)
+    """One for a test of its own, which it may send to and fro; loaded where renders load it, in the midst of inference."""
+    with torch.inference_mode():
+        return TextEncoder.load(find_text(tiny, "float32"), CPU)
 
 
 def make_turns(encoder: TextEncoder, rest: Rest, free: list[int], patch: pytest.MonkeyPatch, **more: Any) -> Turns:
