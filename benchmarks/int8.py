@@ -1,0 +1,424 @@
+"""What int8 buys: steps of the real sizes against bf16 and bitsandbytes, memory, kernels one by one, errors of layers.
+
+    python benchmarks/int8.py steps    [--models 13b 2b] [--tokens 13376 2688] [--hadamard-group 64] [--keep-blocks N]
+    python benchmarks/int8.py memory   [--models 13b 2b]
+    python benchmarks/int8.py stream   [--models 13b] [--tokens 13376 5600] [--memory-gib 8]
+    python benchmarks/int8.py kernels  [--models 13b 2b] [--tokens 13376]
+    python benchmarks/int8.py errors
+    python benchmarks/int8.py velocity [--prompts 4]      # of the demo checkpoint; a CPU will do
+    python benchmarks/int8.py steps --tiny        # any of them on a CPU in seconds, to try the script
+
+Weights are random, of the real sizes, made on the device. What is compared lies on the device side by side and runs in turns;
+times are medians. Figures go into results/int8-<GPU>.json, each with the command that measured it; one that is measured
+again replaces the old one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import importlib.metadata
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from diffusers import LTXVideoTransformer3DModel
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.random_model import TRANSFORMERS, make  # noqa: E402
+from ltx_batch import RenderRequest, load_renderer  # noqa: E402
+from ltx_batch.model.device import device_name, pick_device  # noqa: E402
+from ltx_batch.model.guests import Streamed  # noqa: E402
+from ltx_batch.model.quantize import ops  # noqa: E402
+from ltx_batch.model.quantize.block import fuse_blocks  # noqa: E402
+from ltx_batch.model.quantize.linear import Int8Linear  # noqa: E402
+from ltx_batch.model.quantize.policy import Precision, matches, precision  # noqa: E402
+from ltx_batch.model.quantize.swap import quantize_model, stored_bytes  # noqa: E402
+from ltx_batch.model.quantize.text_rows import text_kept  # noqa: E402
+
+GIB = 2**30
+TEXT_TOKENS = 256
+TINY = {"num_attention_heads": 8, "attention_head_dim": 32, "cross_attention_dim": 256, "num_layers": 3}
+BOUNDS = {
+    "13b_13k_over_bf16": ">= 1.30",
+    "13b_2.7k_over_bf16": ">= 1.45",
+    "2b_13k_over_bf16": ">= 1.0",
+    "13b_13k_over_bnb": ">= 2.5",
+    "13b_13k_over_bnb_compiled": ">= 1.4",
+    "13b_weights_gib": "<= 12.4",
+    "13b_13k_peak_gib": "<= 14.2",
+    "stream_13k": "<= 1.03",
+    "stream_5.6k": "<= 1.15",
+}
+PROMPTS = (
+    "a red circle moves right over a dark background",
+    "a blue square moves up over a white background",
+    "a small green triangle moves left over a grey background",
+    "a large yellow circle moves down over a black background",
+)
+VERSIONED = ("ltx-batch", "torch", "triton", "diffusers", "bitsandbytes")
+
+
+@dataclass(slots=True)
+class Bench:
+    """What all measurements share."""
+
+    device: torch.device
+    policy: Precision
+    tiny: bool
+    rounds: int
+    output: Path
+
+    def config(self, name: str) -> dict[str, Any]:
+        return TINY if self.tiny else TRANSFORMERS[name]
+
+    def base(self, name: str) -> Any:
+        """A bf16 transformer with diffusers' blocks, on the device."""
+        sizes = {"caption_channels": 64 if self.tiny else 4096, **self.config(name)}
+        return make(lambda: LTXVideoTransformer3DModel(**sizes), torch.bfloat16, self.device)
+
+    def report(self, name: str, value: float, unit: str, **more: Any) -> None:
+        """One figure to the screen and into the file."""
+        bound = {"bound": BOUNDS[name]} if name in BOUNDS else {}
+        figure = {"name": name, "value": round(value, 4), "unit": unit, **bound, **more}
+        figure |= {
+            "device": device_name(self.device),
+            "command": shlex.join(["python", "benchmarks/int8.py", *sys.argv[1:]]),
+        }
+        print(f"{name:<36} {value:10.4f} {unit:<6} {bound.get('bound', '')}  {more or ''}", flush=True)
+        known = json.loads(self.output.read_text()) if self.output.is_file() else {"figures": []}
+        figures = [one for one in known["figures"] if one["name"] != name] + [figure]
+        told = {
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "versions": {package: importlib.metadata.version(package) for package in VERSIONED},
+            "policy": asdict(self.policy),
+            "figures": figures,
+        }
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.output.write_text(json.dumps(told, indent=1) + "\n")
+
+    def medians_s(self, calls: Mapping[str, Callable[[], object]], *, warm_up: int = 2) -> dict[str, float]:
+        """Seconds of each, in turns."""
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for number in range(warm_up + self.rounds):
+            for name, call in calls.items():
+                self.wait()
+                started_s = time.perf_counter()
+                call()
+                self.wait()
+                if number >= warm_up:
+                    times[name].append(time.perf_counter() - started_s)
+        return {name: median(found) for name, found in times.items()}
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def compile(self, transformer: Any) -> Any:
+        transformer.compile_repeated_blocks(
+            fullgraph=True, dynamic=False, **({"backend": "eager"} if self.tiny else {})
+        )
+        return transformer
+
+
+def twin(transformer: Any, *, own: tuple[str, ...] = ()) -> Any:
+    """The same weights under modules of their own, which may be swapped; layers that match `own` are copied."""
+    weights = transformer.named_parameters()
+    shared = [weight for name, weight in weights if not any(matches(name, pattern) for pattern in own)]
+    return copy.deepcopy(transformer, {id(tensor): tensor for tensor in (*shared, *transformer.buffers())})
+
+
+def fused(transformer: Any) -> Any:
+    assert fuse_blocks(transformer)
+    return transformer.to(transformer.device)  # parks what works once a clip
+
+
+def quantised(transformer: Any, policy: Precision, device: torch.device) -> Any:
+    quantize_model(transformer, policy, device)
+    return fused(transformer) if policy.quantize == "int8" else transformer
+
+
+def step(transformer: Any, tokens: int, *, seed: int = 0) -> Callable[[], torch.Tensor]:
+    """A call of the transformer with a prompt of 40 tokens, as the denoise loop makes it."""
+    device, channels = transformer.device, transformer.config.caption_channels
+    draw = torch.Generator(device).manual_seed(seed)
+    hidden = torch.randn(1, tokens, transformer.config.in_channels, generator=draw, device=device).bfloat16()
+    embeds = torch.randn(1, TEXT_TOKENS, channels, generator=draw, device=device).bfloat16()
+    arguments = {
+        "hidden_states": hidden,
+        "encoder_hidden_states": embeds,
+        "encoder_attention_mask": (torch.arange(TEXT_TOKENS, device=device) < 40)[None],
+        "timestep": torch.full((1, 1), 700.0, device=device),
+        "video_coords": torch.rand(1, 3, tokens, generator=draw, device=device),
+        "return_dict": False,
+    }
+    return lambda: transformer(**arguments)[0]
+
+
+@torch.inference_mode()
+def steps(bench: Bench, options: argparse.Namespace) -> None:
+    """Speed of a step over compiled bf16, our kernels around bf16 products, and bitsandbytes."""
+    for name in options.models:
+        with torch.inference_mode(False):
+            base = bench.base(name)
+            parked = bench.policy.parked  # what fused blocks send away, and the others go on using
+            models = {"bf16": base, "bf16_compiled": bench.compile(twin(base))}
+            models["control"] = fused(twin(base, own=parked))
+            models["int8"] = quantised(twin(base, own=parked), bench.policy, bench.device)
+            models["int8_compiled"] = bench.compile(twin(models["int8"]))
+            if name == "13b" and not options.without_bnb:
+                for kind, threshold in (("bnb", 6.0), ("bnb_compiled", 0.0)):
+                    policy = precision("bnb-int8", bench.device.type, threshold=threshold)
+                    models[kind] = quantised(twin(base), policy, bench.device)
+                bench.compile(models["bnb_compiled"])
+        for tokens in options.tokens:
+            report_steps(bench, name, tokens, models)
+        del models, base
+        if bench.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def report_steps(bench: Bench, name: str, tokens: int, models: Mapping[str, Any]) -> None:
+    case = f"{name}_{short(tokens)}"
+    few = {kind: model for kind, model in models.items() if "bnb" not in kind or short(tokens) == "13k" or bench.tiny}
+    calls = {kind: step(model, tokens) for kind, model in few.items()}
+    first_s: dict[str, float] = {}
+    for kind, call in calls.items():
+        started_s = time.perf_counter()
+        call()
+        bench.wait()
+        first_s[kind] = time.perf_counter() - started_s
+    with text_kept(models["int8"]), text_kept(models["int8_compiled"]), text_kept(models["control"]):
+        times = bench.medians_s(calls)
+    for kind, seconds in times.items():
+        bench.report(f"{case}_{kind}_ms", 1000 * seconds, "ms", first_call_s=round(first_s[kind], 2))
+    bf16 = times["bf16_compiled"]
+    bench.report(f"{case}_over_bf16", bf16 / times["int8"], "x")
+    bench.report(f"{case}_over_bf16_compiled", bf16 / times["int8_compiled"], "x")
+    bench.report(f"{case}_over_bf16_eager", times["bf16"] / times["int8"], "x")
+    bench.report(f"{case}_control", bf16 / times["control"], "x")
+    for kind in ("bnb", "bnb_compiled"):
+        if kind in times:
+            bench.report(f"{case}_over_{kind}", times[kind] / times["int8"], "x")
+    with torch.inference_mode():
+        expected, found = (calls[kind]().float() for kind in ("bf16", "int8"))
+    bench.report(f"{case}_velocity_error", float((found - expected).norm() / expected.norm()), "")
+
+
+@torch.inference_mode()
+def memory(bench: Bench, options: argparse.Namespace) -> None:
+    """Weights and peak of the transformer alone on the device."""
+    for name in options.models:
+        with torch.inference_mode(False):
+            base = bench.base(name)
+            before = stored_bytes(base, bench.device)
+            model = quantised(base, bench.policy, bench.device)
+        held = stored_bytes(model, bench.device)
+        bench.report(f"{name}_weights_gib", held / GIB, "GiB", bf16_gib=round(before / GIB, 3))
+        bench.report(f"{name}_weights_over_bf16", held / before, "")
+        for tokens in options.tokens:
+            call = step(model, tokens)
+            with text_kept(model):
+                call()
+                if bench.device.type != "cuda":
+                    continue
+                torch.cuda.reset_peak_memory_stats(bench.device)
+                call()
+                bench.wait()
+                peak = torch.cuda.max_memory_allocated(bench.device)
+            bench.report(f"{name}_{short(tokens)}_peak_gib", peak / GIB, "GiB")
+        del base, model
+
+
+@torch.inference_mode()
+def stream(bench: Bench, options: argparse.Namespace) -> None:
+    """A step with blocks from host memory over the same with all of them on the device."""
+    for name in options.models:
+        with torch.inference_mode(False):
+            resident = quantised(bench.base(name), bench.policy, bench.device)
+            streamed = copy.deepcopy(resident)
+            blocks = list(streamed.transformer_blocks)
+            block_bytes = max(stored_bytes(block) for block in blocks)
+            guests = Streamed(streamed, blocks, bench.device)
+        for tokens in options.tokens:
+            activations = 40 * tokens * bench.config(name)["cross_attention_dim"]
+            room = int(options.memory_gib * GIB) - activations - 2 * block_bytes - GIB
+            kept = 0 if short(tokens) == "13k" else max(0, min(len(blocks), room // block_bytes))
+            guests.come(kept)
+            calls = {"resident": step(resident, tokens), "streamed": step(streamed, tokens)}
+            with text_kept(resident), text_kept(streamed):
+                times = bench.medians_s(calls)
+            prefix = "stream" if name == "13b" else f"{name}_stream"
+            bench.report(f"{prefix}_{short(tokens)}", times["streamed"] / times["resident"], "x", kept_blocks=kept)
+
+
+@torch.inference_mode()
+def kernels(bench: Bench, options: argparse.Namespace) -> None:
+    """Each kernel on the shapes of a step: TOPS of products, GB/s of what reads rows."""
+    for name in options.models:
+        width = bench.config(name)["cross_attention_dim"]
+        for tokens in options.tokens:
+            for inputs, outputs, parts in (
+                (width, width, 1),
+                (width, width, 3),
+                (width, 4 * width, 1),
+                (4 * width, width, 1),
+            ):
+                report_product(bench, tokens, inputs, outputs, parts)
+            for group in (0, 64, 256):
+                report_rows(bench, tokens, width, group)
+
+
+def report_product(bench: Bench, tokens: int, inputs: int, outputs: int, parts: int) -> None:
+    device = bench.device
+    rows = torch.randint(-127, 128, (tokens, inputs), dtype=torch.int8, device=device)
+    weights = list(torch.randint(-127, 128, (parts * outputs, inputs), dtype=torch.int8, device=device).split(outputs))
+    scales = [torch.rand(outputs, device=device) for _ in weights]
+    biases = [torch.randn(outputs, device=device).bfloat16() for _ in weights]
+    row_scales = torch.rand(tokens, device=device)
+    x, weight = rows.bfloat16(), torch.cat(weights).bfloat16()
+    calls = {
+        "int8": lambda: ops.int8_product(rows, row_scales, weights, scales, biases, torch.bfloat16),
+        "bf16": lambda: nn.functional.linear(x, weight),
+    }
+    operations = 2 * tokens * inputs * outputs * parts
+    for kind, seconds in bench.medians_s(calls).items():
+        label = f"{short(tokens)}_{inputs}x{outputs}{'x3' if parts == 3 else ''}"
+        bench.report(f"product_{label}_{kind}", operations / seconds / 1e12, "TOPS", ms=round(1000 * seconds, 3))
+
+
+def report_rows(bench: Bench, tokens: int, width: int, group: int) -> None:
+    device = bench.device
+    x = torch.randn(tokens, width, device=device).bfloat16()
+    middle = torch.randn(tokens, 4 * width, device=device).bfloat16()
+    table, lines = torch.randn(6, width, device=device).bfloat16(), torch.randn(1, 6 * width, device=device).bfloat16()
+    qkv, tables = (
+        torch.randn(tokens, 3 * width, device=device).bfloat16(),
+        torch.randn(2, tokens, width // 2, device=device),
+    )
+    query, key, _ = qkv.chunk(3, dim=1)
+    calls: dict[str, tuple[Callable[[], object], int]] = {
+        f"quantise_{group}": (lambda: ops.quantize_rows(x, group), 3 * x.numel()),
+        f"modulate_quantise_{group}": (lambda: ops.quantize_modulated(x, table, lines, 0, 1e-6, group), 3 * x.numel()),
+        f"gelu_quantise_{group}": (lambda: ops.quantize_rows(middle, group, True), 3 * middle.numel()),
+    }
+    if group == 0:
+        rotate = lambda: ops.norm_rotate(query, key, table[0], table[1], *tables, 1e-5)  # noqa: E731
+        calls["norm_rotate"] = (rotate, 8 * x.numel() + 8 * tables[0].numel())
+        calls["modulate"] = (lambda: ops.modulate_rows(x, table, lines, 0, 1e-6), 4 * x.numel())
+    for kind, seconds in bench.medians_s({kind: call for kind, (call, _) in calls.items()}).items():
+        label = f"rows_{short(tokens)}_{width}_{kind}"
+        bench.report(label, calls[kind][1] / seconds / 1e9, "GB/s", ms=round(1000 * seconds, 3))
+
+
+@torch.inference_mode()
+def errors(bench: Bench, options: argparse.Namespace) -> None:
+    """Relative error of a layer against fp32, with and without outliers and rotation."""
+    for width in (256, 512) if bench.tiny else (4096, 16384):
+        exact = nn.Linear(width, 1024).to(bench.device)
+        with torch.no_grad():
+            exact.weight.normal_(std=width**-0.5)
+        plain = torch.randn(256, width, device=bench.device)
+        outliers = plain.clone()
+        outliers[:, torch.randperm(width, device=bench.device)[: width // 1000 + 1]] *= 60
+        for kind, x in (("gaussian", plain), ("outliers", outliers)):
+            right = exact(x) - exact.bias
+            for group in (0, 64, 256):
+                layer = Int8Linear.of(exact, bench.device, hadamard_group=group)
+                error = float((layer(x) - exact.bias - right).norm() / right.norm())
+                bench.report(f"layer_{width}_{kind}_rotated_{group}", error, "")
+
+
+@torch.inference_mode()
+def velocity(bench: Bench, options: argparse.Namespace) -> None:
+    """Error of the velocity that the demo checkpoint predicts, call by call of whole fp32 renders, by precision: as it is,
+    and as its outlier twin, which computes the same function with large activations."""
+    with torch.inference_mode(False):
+        renderer = load_renderer("demo", device="cpu", precision="fp32")
+    exact = renderer._pipeline.transformer
+    calls: list[tuple[Any, torch.Tensor]] = []
+    handle = exact.register_forward_hook(lambda _, args, kwargs, out: calls.append((kwargs, out[0])), with_kwargs=True)
+    for seed, prompt in enumerate(PROMPTS[: options.prompts]):
+        renderer.render([RenderRequest(prompt=prompt, height=128, width=128, num_frames=17, seed=seed)])
+    handle.remove()
+    for twin_name, model in (("demo", exact), ("twin", with_outliers(exact))):
+        for name, group in (("int8", 0), ("int8", 64), ("int8", 256), ("int8-weight", 0), ("fp8", 0), ("bnb-int8", 0)):
+            with torch.inference_mode(False):
+                policy = precision(name, "cpu", hadamard_group=group, keep_blocks=options.keep_blocks)
+                tried = quantised(copy.deepcopy(model), policy, torch.device("cpu"))
+            found = [float((tried(**kwargs)[0] - out).norm() / out.norm()) for kwargs, out in calls]
+            rotated = f"_rotated_{group}" if name == "int8" else ""
+            bench.report(f"velocity_{twin_name}_{name}{rotated}", median(found), "", worst=round(max(found), 4))
+
+
+@torch.no_grad()
+def with_outliers(transformer: Any, *, channels: int = 4, factor: float = 64.0) -> Any:
+    """A copy whose attention values are `factor` times larger in some channels, which its output layer takes back."""
+    made = copy.deepcopy(transformer)
+    for block in made.transformer_blocks:
+        for attention in (block.attn1, block.attn2):
+            chosen = torch.randperm(attention.inner_dim)[:channels]
+            attention.to_v.weight[chosen] *= factor
+            attention.to_v.bias[chosen] *= factor
+            attention.to_out[0].weight[:, chosen] /= factor
+    return made
+
+
+def short(tokens: int) -> str:
+    return {13376: "13k", 2688: "2.7k", 5600: "5.6k"}.get(tokens, str(tokens))
+
+
+def main() -> None:
+    verbs: dict[str, Callable[[Bench, argparse.Namespace], None]] = {
+        "steps": steps,
+        "memory": memory,
+        "stream": stream,
+        "kernels": kernels,
+        "errors": errors,
+        "velocity": velocity,
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=verbs)
+    parser.add_argument("--models", nargs="+", default=["13b"], choices=["13b", "2b"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[13376, 2688])
+    parser.add_argument("--hadamard-group", type=int, default=None)
+    parser.add_argument("--keep-blocks", type=int, default=None)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory-gib", type=float, default=8.0)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--without-bnb", action="store_true")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on a CPU: tries the script, measures nothing")
+    parser.add_argument("--output", type=Path, default=None)
+    options = parser.parse_args()
+    device = torch.device("cpu") if options.tiny or options.verb == "velocity" else pick_device("cuda")
+    if options.tiny:
+        torch.set_num_threads(1)
+        options.tokens, options.rounds = [24], 1
+    policy = precision("int8", "cuda", hadamard_group=options.hadamard_group, keep_blocks=options.keep_blocks)
+    gpu = (
+        "tiny"
+        if options.tiny
+        else "demo"
+        if options.verb == "velocity"
+        else device_name(device).removeprefix("NVIDIA ").split()[0].lower()
+    )
+    place = ROOT / ("out" if options.tiny else "benchmarks/results") / f"int8-{gpu}.json"
+    torch.manual_seed(0)
+    bench = Bench(device, policy, options.tiny, options.rounds, options.output or place)
+    verbs[options.verb](bench, options)
+    print(f"written to {bench.output}")
+
+
+if __name__ == "__main__":
+    main()
