@@ -17,6 +17,7 @@ from ltx_batch.cli.fetch import fetch
 from ltx_batch.cli.jobs import plan, report, retry, run, status, validate
 from ltx_batch.cli.output import print_json
 from ltx_batch.cli.quality import quality
+from ltx_batch.cli.quantize import quantize
 from ltx_batch.cli.render import render
 from ltx_batch.cli.text import encode, enhance
 from ltx_batch.errors import LtxBatchError, ManifestError
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=_SETTINGS,
 )
-for _verb in (render, run, validate, plan, status, retry, report, quality, encode, enhance, fetch):
+for _verb in (render, run, validate, plan, status, retry, report, quality, encode, enhance, fetch, quantize):
     app.command()(_verb)
 
 _submit = typer.Typer(pretty_exceptions_enable=False, add_completion=False, context_settings=_SETTINGS)

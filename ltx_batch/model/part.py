@@ -19,6 +19,7 @@ KINDS = {
     "text_encoder": "T5EncoderModel",
     "latent_upsampler": "LTXLatentUpsamplerModel",
 }
+OWN_KEY = "_ltx_batch"  # in a config.json of our own making: what diffusers' configuration cannot say
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
@@ -38,6 +39,16 @@ class Part:
     unused: tuple[str, ...] = ()
     padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros"
     stored: Stored | None = None
+
+    def written(self, name: str, **more: Any) -> dict[str, Any]:
+        """The config.json that `read_component` reads this part of; `more` stands beside what only we understand."""
+        own = {
+            "attributes": dict(self.attributes),
+            "unused": list(self.unused),
+            "padding_mode": self.padding_mode,
+            **more,
+        }
+        return {**self.config, "_class_name": KINDS[name], OWN_KEY: own}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +83,16 @@ def read_component(folder: Path, name: str) -> Part:
         tensors, metadata = {**tensors, **file.tensors}, {**metadata, **file.metadata}
     if name == "text_encoder":  # T5's decoder, which some folders hold too, is never used
         tensors = {key: tensor for key, tensor in tensors.items() if key.startswith(("shared.", "encoder."))}
-    return Part(str(folder), config, tensors, stored=stored_form(tensors, metadata, str(folder)))
+    own = config.pop(OWN_KEY, {})
+    return Part(
+        str(folder),
+        config,
+        tensors,
+        attributes=own.get("attributes", {}),
+        unused=tuple(own.get("unused", ())),
+        padding_mode=own.get("padding_mode", "zeros"),
+        stored=stored_form(tensors, metadata, str(folder)),
+    )
 
 
 def _weight_files(folder: Path) -> list[Path]:

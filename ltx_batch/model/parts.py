@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ltx_batch.errors import CheckpointError
 from ltx_batch.model.fetch import SCHEDULER_FILE
-from ltx_batch.model.part import KINDS, Part, Parts, held, read_component, read_file
+from ltx_batch.model.part import KINDS, OWN_KEY, Part, Parts, held, read_component, read_file, read_json
 from ltx_batch.model.sigmas import SchedulerConfig
 from ltx_batch.model.single_file import read_checkpoint_file, read_upsampler_file
 from ltx_batch.tensor_file import read_tensor_file
@@ -51,11 +51,14 @@ def _open_folder(folder: Path) -> Parts:
     check_layout(folder, ("transformer", "vae", "scheduler"))
     upsampler = folder / "latent_upsampler"
     vae = read_component(folder / "vae", "vae")
+    own = read_json(folder / "transformer" / "config.json").get(OWN_KEY, {})
+    # diffusers says nothing of it: its pipeline for 0.9.5 and later counts so, that for 0.9.0 and 0.9.1 does not.
+    modern = "LTXVideo095DownBlock3D" in vae.config.get("down_block_types", ())
     return Parts(
         transformer=read_component(folder / "transformer", "transformer"),
         vae=vae,
         scheduler=SchedulerConfig.parse(read_file(folder / SCHEDULER_FILE), source=str(folder / SCHEDULER_FILE)),
-        # diffusers says nothing of it: its pipeline for 0.9.5 and later counts so, that for 0.9.0 and 0.9.1 does not.
-        causal_positions="LTXVideo095DownBlock3D" in vae.config.get("down_block_types", ()),
+        causal_positions=own.get("causal_positions", modern),
+        timestep_scale=own.get("timestep_scale", 1000.0),
         latent_upsampler=read_component(upsampler, "latent_upsampler") if upsampler.is_dir() else None,
     )

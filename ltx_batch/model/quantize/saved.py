@@ -61,8 +61,14 @@ def save_model(
     for name, layer in model.named_modules():
         if bnb.is_quantized(layer):
             tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in bnb.saved(layer).items()}
-    save_file(tensors, folder / WEIGHTS, Stored.of(policy, source).metadata())
+    write_tensors(tensors, folder / WEIGHTS, Stored.of(policy, source).metadata())
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
+
+
+def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """A .safetensors file that others may read: the library itself keeps it to its owner."""
+    save_file(dict(tensors), path, metadata)
+    path.chmod(0o644)
 
 
 def _blank(layer: nn.Linear, stored: Stored, source: str) -> nn.Module:

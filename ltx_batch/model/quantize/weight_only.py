@@ -14,9 +14,9 @@ GROUP = 128  # inputs that share a scale
 
 
 class Int8WeightLinear(nn.Module):
-    """`weight` int8 [out_features, in_features], `weight_scale` [out_features, groups] and `bias` in the model's dtype."""
+    """`weight` int8 [out_features, in_features], `weight_scale` bf16 [out_features, groups], `bias` in the model's dtype."""
 
-    STORED: ClassVar = {"weight": torch.int8}
+    STORED: ClassVar = {"weight": torch.int8, "weight_scale": torch.bfloat16}
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class Int8WeightLinear(nn.Module):
         self.in_features, self.out_features = in_features, out_features
         groups = in_features // _group(in_features)
         self.weight = _held(torch.empty(out_features, in_features, dtype=torch.int8, device=device))
-        self.weight_scale = _held(torch.empty(out_features, groups, dtype=dtype, device=device))
+        self.weight_scale = _held(torch.empty(out_features, groups, dtype=torch.bfloat16, device=device))
         self.bias = _held(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
 
     @classmethod
@@ -52,7 +52,8 @@ class Int8WeightLinear(nn.Module):
 
 
 class Int8WeightConv3d(nn.Conv3d):
-    """A convolution with `weight` int8 [out, in, t, h, w] and `weight_scale` [out, 1, 1, 1, 1] in the model's dtype."""
+    """A convolution with `weight` int8 [out, in, t, h, w] and `weight_scale` [out, 1, 1, 1, 1] in the model's dtype, by which
+    diffusers tells what a VAE computes in."""
 
     weight_scale: nn.Parameter
 
@@ -65,7 +66,7 @@ class Int8WeightConv3d(nn.Conv3d):
         made._reversed_padding_repeated_twice = layer._reversed_padding_repeated_twice
         rounded, scale = round_to_scale(layer.weight.detach().to(device).flatten(1))
         made.weight = _held(rounded.view(layer.weight.shape))
-        made.weight_scale = _held(scale.view(-1, 1, 1, 1, 1))
+        made.weight_scale = _held(scale.view(-1, 1, 1, 1, 1).to(layer.weight.dtype))
         made.register_parameter("bias", None if layer.bias is None else _held(layer.bias.detach().to(device)))
         return made
 
@@ -75,12 +76,12 @@ class Int8WeightConv3d(nn.Conv3d):
 
 
 def round_to_scale(weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 values and scales [..., 1] of the last dimension, the scales in the weights' own dtype.
+    """int8 values and bf16 scales [..., 1] of the last dimension: half the bytes of fp32, and what is multiplied by later.
 
     A scale that was rounded down would push the largest weight past 127, so it is rounded up.
     """
     exact = weights.float().abs().amax(-1, keepdim=True) / LIMIT
-    scale = exact.to(weights.dtype)
+    scale = exact.to(torch.bfloat16)
     up = torch.nextafter(scale, torch.full_like(scale, torch.inf))
     scale = torch.where(scale.float() < exact, up, scale)
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
