@@ -112,6 +112,30 @@ def test_a_layer_of_bitsandbytes_is_near_the_layer_it_replaces(transformer: Any,
     assert bnb.scale_of(after).shape == (before.out_features,)
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_layer_of_bitsandbytes_rounds_its_inputs_on_a_cpu_too(stored: bool) -> None:
+    """As on a GPU: an input that is small beside the largest of its row is lost, but for the threshold."""
+    exact = nn.Linear(64, 16, bias=False)
+    x = torch.zeros(4, 64)
+    x[:, 0], x[:, 1] = 1000.0, 1.0  # a step of the row is 7.9
+    for threshold, seen in ((0.0, False), (6.0, True)):
+        layer = bnb.quantized(exact, threshold, CPU)
+        if stored:
+            blank = bnb.StoredLinear8bit(64, 16, bias=False, dtype=torch.float32)
+            for name, tensor in bnb.saved(layer).items():
+                setattr(blank, name, tensor)
+            layer = blank.restored(threshold, CPU)
+        with torch.inference_mode():
+            found = layer(x) - layer(torch.where(x == 1, 0.0, x))
+        assert bool(found.abs().max() > 0.01) is seen
+
+
+def test_bitsandbytes_does_not_log_every_call(caplog: pytest.LogCaptureFixture) -> None:
+    layer = bnb.quantized(nn.Linear(64, 16), 0.0, CPU)
+    layer(torch.ones(2, 64))
+    assert not [record for record in caplog.records if "will be cast" in record.getMessage()]
+
+
 def test_every_convolution_of_a_vae_is_swapped(tiny: Path) -> None:
     vae = load_checkpoint(tiny, torch.float32).vae
     convolutions = sum(isinstance(layer, nn.Conv3d) for layer in vae.modules())

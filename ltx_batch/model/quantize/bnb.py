@@ -5,7 +5,7 @@ Built by hand and not through diffusers' quantisation config, which needs a GPU 
 
 from __future__ import annotations
 
-import warnings
+import logging
 from typing import Any, ClassVar
 
 import torch
@@ -13,8 +13,11 @@ from torch import nn
 
 from ltx_batch.errors import CheckpointError
 
-# It computes in fp16 whatever the model holds, and says so at every other call.
-warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+# It computes in fp16 whatever the model holds, and its logger says so at every call of every layer.
+_TOLD_AT_EVERY_CALL = "MatMul8bitLt: inputs will be cast"
+logging.getLogger("bitsandbytes.autograd._functions").addFilter(
+    lambda record: not str(record.msg).startswith(_TOLD_AT_EVERY_CALL)
+)
 
 
 def quantized(layer: nn.Linear, threshold: float, device: torch.device) -> nn.Module:
@@ -85,6 +88,7 @@ def scale_of(layer: Any) -> torch.Tensor:
 def _blank(in_features: int, out_features: int, bias: bool, threshold: float) -> Any:
     import bitsandbytes
 
-    return bitsandbytes.nn.Linear8bitLt(
+    made = bitsandbytes.nn.Linear8bitLt(
         in_features, out_features, bias=bias, has_fp16_weights=False, threshold=threshold, device="meta"
     )
+    return made.eval()  # in training, CPUs leave the activations as they are
