@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ltx_batch.errors import JobError
 from ltx_batch.request import DEFAULT_NEGATIVE_PROMPT, DEFAULT_SEED, MAX_WEIGHT, parse_lora
+from ltx_batch.yaml_file import parse_yaml
 
 Precision = Literal["auto", "fp32", "bf16", "int8", "int8-weight", "bnb-int8", "fp8"]
 Placement = Literal["auto", "resident", "offload", "sharded"]
@@ -194,7 +195,7 @@ class JobSpec(_Section):
 def load_job(path: str | Path, *, overrides: Iterable[str] = (), text: str | None = None) -> JobSpec:
     """Read a job file and apply `a.b=c` overrides (values are YAML). Raises JobError with every fault at once."""
     try:
-        data = yaml.safe_load(Path(path).read_text() if text is None else text)
+        data = parse_yaml(Path(path).read_text() if text is None else text)
     except FileNotFoundError:
         raise JobError(f"no job file at {path}; jobs/demo.yaml is a working one") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -225,7 +226,7 @@ def _set(data: dict[str, Any], override: str) -> None:
             raise JobError(f"--set {override}: {parent} is not a section")
         data = inner
     try:
-        data[leaf] = yaml.safe_load(value)
+        data[leaf] = parse_yaml(value)
     except yaml.YAMLError as error:
         raise JobError(f"--set {override}: the value is not YAML: {error}") from None
 
@@ -241,20 +242,23 @@ def _describe(fault: Any) -> str:
 
 
 def _nearest(loc: tuple[int | str, ...]) -> str | None:
-    """The right key most like an unknown one: in its own section first, then anywhere."""
-    keys = dict(_keys(JobSpec))
-    section, leaf = ".".join(str(part) for part in loc[:-1]), str(loc[-1])
+    """The right key most like an unknown one: in its own section, or of much the same name in another; None: no key is."""
+    names = [str(part) for part in loc if not isinstance(part, int)]
+    section, leaf = ".".join(names[:-1]), names[-1]
+    keys = list(_keys(JobSpec))
     siblings = {name.rpartition(".")[2]: name for name in keys if name.rpartition(".")[0] == section}
     anywhere = {name.rpartition(".")[2]: name for name in keys}
-    for names in (siblings, anywhere):
-        close = difflib.get_close_matches(leaf, names, n=1, cutoff=0.6)
+    for near, likeness in ((siblings, 0.6), (anywhere, 0.8)):
+        close = difflib.get_close_matches(leaf, near, n=1, cutoff=likeness)
         if close:
-            return names[close[0]]
+            return near[close[0]]
     return None
 
 
-def _keys(model: type[BaseModel], prefix: str = "") -> Iterable[tuple[str, Any]]:
+def _keys(model: type[BaseModel], prefix: str = "") -> Iterable[str]:
+    """Every key of a model and of the sections in it, also of those that a list has as entries."""
     for name, field in model.model_fields.items():
-        yield prefix + name, field
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _keys(field.annotation, f"{prefix}{name}.")
+        yield prefix + name
+        for kind in (field.annotation, *get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _keys(kind, f"{prefix}{name}.")

@@ -27,6 +27,10 @@ def test_defaults_and_overrides() -> None:
         (MINIMAL + "batch_size: 0", ["batch_size", "found 0"]),
         (MINIMAL + "model: {precision: int7}", ["model.precision", "int8"]),
         (MINIMAL + "zzz: 1", ["zzz: unknown key"]),
+        (
+            MINIMAL + "model: {loras: [{path: a, weigth: 2}]}",
+            ["model.loras.0.weigth: unknown key; did you mean model.loras.weight?"],
+        ),
     ],
 )
 def test_faults_name_the_key_and_the_way_out(text: str, hints: list[str]) -> None:
@@ -34,6 +38,28 @@ def test_faults_name_the_key_and_the_way_out(text: str, hints: list[str]) -> Non
         load_job("job.yaml", text=text)
     for hint in hints:
         assert hint in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["zzz: 1", "model: {loras: [{path: a, strength: 2}]}", "model: {lines: 3}"])
+def test_nothing_is_suggested_where_nothing_is_near(key: str) -> None:
+    with pytest.raises(JobError) as error:
+        load_job("job.yaml", text=MINIMAL + key)
+    assert str(error.value).endswith("unknown key")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (MINIMAL + "workers: 1\noutput: b\n", "line 4: output is there already, in line 2"),
+        (MINIMAL + "model:\n  precision: fp32\nworkers: 1\nmodel:\n  device: cpu\n", "line 6: model is there already"),
+        (MINIMAL + "video: {crf: 20, crf: 21}\n", "line 3: video.crf is there already, in line 3"),
+        (MINIMAL + "model:\n  loras:\n    - path: a\n      path: b\n", "line 6: model.loras.0.path is there already"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_told_with_its_lines(text: str, told: str) -> None:
+    with pytest.raises(JobError) as error:
+        load_job("job.yaml", text=text)
+    assert told in str(error.value)
 
 
 def test_all_faults_come_at_once() -> None:
