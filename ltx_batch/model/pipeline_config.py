@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -17,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ltx_batch.errors import JobError
 from ltx_batch.model.presets import PRESETS
 from ltx_batch.storage import read_uri
+from ltx_batch.yaml_file import parse_yaml
 
 FILE_NAME = "pipeline_config.yaml"
 # A number, or a table with one entry for each of `guidance_timesteps`.
@@ -40,6 +42,7 @@ SAMPLERS = {
     "linearquadratic": "linear-quadratic",
 }
 _NAMED = {"stg_mode": STG_MODES, "sampler": SAMPLERS}
+_PASSES = ("first_pass", "second_pass")
 _TABLES = ("guidance_scale", "stg_scale", "rescaling_scale", "skip_block_list")
 _Entry = TypeVar("_Entry")
 
@@ -131,20 +134,25 @@ class PipelineConfig(PassConfig):
     def _check_passes(self) -> PipelineConfig:
         if self.pipeline_type == "multi-scale" and None in (self.first_pass, self.second_pass):
             raise ValueError("a multi-scale pipeline needs both first_pass and second_pass")
-        for one in self.passes:
-            starts = len(one.guidance_timesteps or ())
-            for name in _TABLES:
-                entries = _table(getattr(one, name))
-                if entries is not None and len(entries) != starts:
-                    raise ValueError(f"{name} has {len(entries)} entries, and guidance_timesteps has {starts}")
+        sections = ("",) if self.pipeline_type == "base" else tuple(f"{name}." for name in _PASSES)
+        faults = {
+            section + name: rule
+            for section, one in zip(sections, self.passes, strict=True)
+            for name, rule in _table_faults(one)
+        }
+        if faults:
+            raise _Faults(faults)
         return self
 
     @property
     def passes(self) -> tuple[PassConfig, ...]:
         """What each pass does. In a multi-scale pipeline a key of the pass wins over the same key beside the passes
         (pipeline_ltx_video.py, LTXMultiScalePipeline)."""
-        if self.pipeline_type == "base":
-            return (self,)
+        return (self,) if self.pipeline_type == "base" else self.merged_passes
+
+    @cached_property
+    def merged_passes(self) -> tuple[PassConfig, ...]:
+        """The passes of a multi-scale pipeline, each with the keys beside them. Every plan asks for them."""
         shared = {name: getattr(self, name) for name in self.model_fields_set & PassConfig.model_fields.keys()}
         given = [one.model_dump(exclude_unset=True) for one in (self.first_pass, self.second_pass) if one is not None]
         return tuple(PassConfig.model_validate({**shared, **values}) for values in given)
@@ -153,6 +161,27 @@ class PipelineConfig(PassConfig):
         """The project's name for what the file asks for. (Officially `mixed_precision` runs the same bf16 weights under
         autocast, which keeps some elementwise sums in fp32.)"""
         return {"bfloat16": "bf16", "float8_e4m3fn": "fp8", "mixed_precision": "bf16"}[self.precision]
+
+
+class _Faults(ValueError):
+    """Rules that the keys of a pass break together, by key."""
+
+    def __init__(self, by_key: Mapping[str, str]) -> None:
+        super().__init__("; ".join(f"{key} {rule}" for key, rule in by_key.items()))
+        self.by_key = by_key
+
+
+def _table_faults(one: PassConfig) -> Iterator[tuple[str, str]]:
+    """Keys of a pass and the rules that they break: a table has an entry for each of `guidance_timesteps`, which fall."""
+    starts = one.guidance_timesteps or ()
+    for before, after in pairwise(starts):
+        if after >= before:
+            yield "guidance_timesteps", f"must fall from entry to entry, found {before:g} and then {after:g}"
+            break
+    for name in _TABLES:
+        entries = _table(getattr(one, name))
+        if entries is not None and len(entries) != len(starts):
+            yield name, f"has {len(entries)} entries, and guidance_timesteps has {len(starts)}"
 
 
 def _table(value: Any) -> tuple[Any, ...] | None:
@@ -193,7 +222,7 @@ def load_pipeline_config(
     if named in PRESETS:
         return PipelineConfig.model_validate(dict(PRESETS[named]))
     try:
-        data = yaml.safe_load(_read(named, options))
+        data = parse_yaml(_read(named, options))
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise JobError(f"the pipeline config {named} cannot be read: {error}") from None
     return parse_pipeline_config(data, source=named)
@@ -211,8 +240,11 @@ def _read(named: str, options: Mapping[str, Any] | None) -> bytes:
         return read_uri(named, options)
     except FileNotFoundError:
         close = difflib.get_close_matches(named, PRESETS, n=1)
-        meant = f"; did you mean {close[0]}?" if close else f"; presets are {', '.join(PRESETS)}"
-        raise JobError(f"no pipeline config at {named}: give the path or URI of an official YAML file{meant}") from None
+        meant = f"; did you mean {close[0]}?" if close else ""
+        raise JobError(
+            f"no pipeline config at {named}: give the path or URI of an official YAML file, or a preset{meant} "
+            f"(presets: {', '.join(PRESETS)})"
+        ) from None
     except OSError as error:
         raise JobError(f"the pipeline config {named} cannot be read: {error}") from None
 
@@ -225,12 +257,15 @@ def parse_pipeline_config(data: Any, *, source: str) -> PipelineConfig:
         return PipelineConfig.model_validate(data)
     except ValidationError as error:
         # pydantic reports a union once for each of its members; one line a key is enough.
-        faults = {_where(fault["loc"]): fault for fault in error.errors()}
-        lines = [f"  {where}: {_describe(fault)}" for where, fault in faults.items()]
+        faults = {where: rule for fault in error.errors() for where, rule in _told(fault).items()}
+        lines = [f"  {where}: {rule}" for where, rule in faults.items()]
         raise JobError("\n".join([f"{source} has {len(lines)} fault(s):", *lines])) from None
 
 
-_PASSES = ("first_pass", "second_pass")
+def _told(fault: Any) -> Mapping[str, str]:
+    """Rules by key: one fault of pydantic's, or all that a pass breaks."""
+    inner = fault.get("ctx", {}).get("error")
+    return inner.by_key if isinstance(inner, _Faults) else {_where(fault["loc"]): _describe(fault)}
 
 
 def _where(loc: tuple[int | str, ...]) -> str:

@@ -94,9 +94,14 @@ def test_every_fault_is_told_at_once() -> None:
     [
         (
             {"stg_scale": [0, 0, 4], "guidance_timesteps": [1.0, 0.99]},
-            "stg_scale has 3 entries, and guidance_timesteps has 2",
+            "stg_scale: has 3 entries, and guidance_timesteps has 2",
         ),
-        ({"skip_block_list": [[1], []]}, "skip_block_list has 2 entries, and guidance_timesteps has 0"),
+        ({"skip_block_list": [[1], []]}, "skip_block_list: has 2 entries, and guidance_timesteps has 0"),
+        (
+            {"guidance_timesteps": [0.5, 1.0], "guidance_scale": [1, 3]},
+            "guidance_timesteps: must fall from entry to entry, found 0.5 and then 1",
+        ),
+        ({"guidance_timesteps": [1.0, 1.0], "guidance_scale": [1, 3]}, "guidance_timesteps: must fall"),
         ({"pipeline_type": "multi-scale", "first_pass": {}}, "needs both first_pass and second_pass"),
         ({"stg_mode": "stg_x"}, "stg_mode: .*found 'stg_x'"),
         ({"downscale_factor": 1.5}, "downscale_factor: .*less than or equal to 1"),
@@ -105,6 +110,28 @@ def test_every_fault_is_told_at_once() -> None:
 def test_what_does_not_fit_together_is_told(data: dict[str, object], message: str) -> None:
     with pytest.raises(JobError, match=message):
         parse_pipeline_config(data, source="x.yaml")
+
+
+def test_faults_of_tables_name_their_pass_and_come_at_once() -> None:
+    first = {"guidance_timesteps": [0.5, 1.0], "stg_scale": [1, 2, 3]}
+    data = {"pipeline_type": "multi-scale", "first_pass": first, "second_pass": {"guidance_scale": [1]}}
+    with pytest.raises(JobError) as caught:
+        parse_pipeline_config(data, source="x.yaml")
+    assert str(caught.value).splitlines() == [
+        "x.yaml has 3 fault(s):",
+        "  first_pass.guidance_timesteps: must fall from entry to entry, found 0.5 and then 1",
+        "  first_pass.stg_scale: has 3 entries, and guidance_timesteps has 2",
+        "  second_pass.guidance_scale: has 1 entries, and guidance_timesteps has 0",
+    ]
+
+
+def test_a_key_that_is_there_twice_is_told_with_its_lines(tmp_path: Path) -> None:
+    file = tmp_path / "pipeline.yaml"
+    file.write_text("first_pass:\n  stg_scale: 1\n  stg_scale: 2\nsampler: uniform\nsampler: uniform\n")
+    with pytest.raises(
+        JobError, match=r"line 3: first_pass\.stg_scale is there already, in line 2; line 5: sampler is"
+    ):
+        load_pipeline_config(str(file))
 
 
 def test_tables_of_a_pass_may_lean_on_what_stands_beside_the_passes() -> None:
@@ -175,8 +202,9 @@ def test_the_values_that_tell_the_presets_apart() -> None:
 
 
 def test_a_near_name_is_asked_about() -> None:
-    with pytest.raises(JobError, match=r"did you mean ltxv-13b-0\.9\.8-distilled\?"):
+    with pytest.raises(JobError, match=r"did you mean ltxv-13b-0\.9\.8-distilled\?") as caught:
         load_pipeline_config("ltxv-13b-0.9.8-destilled")
+    assert all(name in str(caught.value) for name in PRESETS)
 
 
 def test_a_missing_file_is_told(tmp_path: Path) -> None:
