@@ -17,26 +17,21 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import importlib.metadata
-import json
-import shlex
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from diffusers import LTXVideoTransformer3DModel
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.random_model import TRANSFORMERS, make  # noqa: E402
+from benchmarks.int8_bench import GIB, Bench  # noqa: E402
 from ltx_batch import RenderRequest, load_renderer  # noqa: E402
 from ltx_batch.model.device import device_name, pick_device  # noqa: E402
 from ltx_batch.model.guests import Streamed  # noqa: E402
@@ -47,89 +42,13 @@ from ltx_batch.model.quantize.policy import Precision, matches, precision  # noq
 from ltx_batch.model.quantize.swap import quantize_model, stored_bytes  # noqa: E402
 from ltx_batch.model.quantize.text_rows import text_kept  # noqa: E402
 
-GIB = 2**30
 TEXT_TOKENS = 256
-TINY = {"num_attention_heads": 8, "attention_head_dim": 32, "cross_attention_dim": 256, "num_layers": 3}
-BOUNDS = {
-    "13b_13k_over_bf16": ">= 1.30",
-    "13b_2.7k_over_bf16": ">= 1.45",
-    "2b_13k_over_bf16": ">= 1.0",
-    "13b_13k_over_bnb": ">= 2.5",
-    "13b_13k_over_bnb_compiled": ">= 1.4",
-    "13b_weights_gib": "<= 12.4",
-    "13b_13k_peak_gib": "<= 14.2",
-    "stream_13k": "<= 1.03",
-    "stream_5.6k": "<= 1.15",
-}
 PROMPTS = (
     "a red circle moves right over a dark background",
     "a blue square moves up over a white background",
     "a small green triangle moves left over a grey background",
     "a large yellow circle moves down over a black background",
 )
-VERSIONED = ("ltx-batch", "torch", "triton", "diffusers", "bitsandbytes")
-
-
-@dataclass(slots=True)
-class Bench:
-    """What all measurements share."""
-
-    device: torch.device
-    policy: Precision
-    tiny: bool
-    rounds: int
-    output: Path
-
-    def config(self, name: str) -> dict[str, Any]:
-        return TINY if self.tiny else TRANSFORMERS[name]
-
-    def base(self, name: str) -> Any:
-        """A bf16 transformer with diffusers' blocks, on the device."""
-        sizes = {"caption_channels": 64 if self.tiny else 4096, **self.config(name)}
-        return make(lambda: LTXVideoTransformer3DModel(**sizes), torch.bfloat16, self.device)
-
-    def report(self, name: str, value: float, unit: str, **more: Any) -> None:
-        """One figure to the screen and into the file."""
-        bound = {"bound": BOUNDS[name]} if name in BOUNDS else {}
-        figure = {"name": name, "value": round(value, 4), "unit": unit, **bound, **more}
-        figure |= {
-            "device": device_name(self.device),
-            "command": shlex.join(["python", "benchmarks/int8.py", *sys.argv[1:]]),
-        }
-        print(f"{name:<36} {value:10.4f} {unit:<6} {bound.get('bound', '')}  {more or ''}", flush=True)
-        known = json.loads(self.output.read_text()) if self.output.is_file() else {"figures": []}
-        figures = [one for one in known["figures"] if one["name"] != name] + [figure]
-        told = {
-            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "versions": {package: importlib.metadata.version(package) for package in VERSIONED},
-            "policy": asdict(self.policy),
-            "figures": figures,
-        }
-        self.output.parent.mkdir(parents=True, exist_ok=True)
-        self.output.write_text(json.dumps(told, indent=1) + "\n")
-
-    def medians_s(self, calls: Mapping[str, Callable[[], object]], *, warm_up: int = 2) -> dict[str, float]:
-        """Seconds of each, in turns."""
-        times: dict[str, list[float]] = {name: [] for name in calls}
-        for number in range(warm_up + self.rounds):
-            for name, call in calls.items():
-                self.wait()
-                started_s = time.perf_counter()
-                call()
-                self.wait()
-                if number >= warm_up:
-                    times[name].append(time.perf_counter() - started_s)
-        return {name: median(found) for name, found in times.items()}
-
-    def wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def compile(self, transformer: Any) -> Any:
-        transformer.compile_repeated_blocks(
-            fullgraph=True, dynamic=False, **({"backend": "eager"} if self.tiny else {})
-        )
-        return transformer
 
 
 def twin(transformer: Any, *, own: tuple[str, ...] = ()) -> Any:
@@ -200,9 +119,11 @@ def report_steps(bench: Bench, name: str, tokens: int, models: Mapping[str, Any]
         bench.wait()
         first_s[kind] = time.perf_counter() - started_s
     with text_kept(models["int8"]), text_kept(models["int8_compiled"]), text_kept(models["control"]):
-        times = bench.medians_s(calls)
+        times = bench.medians_s(calls, warm_up=1)
+        kernels = {kind: bench.kernels_ms(calls[kind]) for kind in ("bf16_compiled", "control", "int8")}
     for kind, seconds in times.items():
-        bench.report(f"{case}_{kind}_ms", 1000 * seconds, "ms", first_call_s=round(first_s[kind], 2))
+        more = {"kernels_ms": kernels[kind]} if kind in kernels else {}
+        bench.report(f"{case}_{kind}_ms", 1000 * seconds, "ms", first_call_s=round(first_s[kind], 2), **more)
     bf16 = times["bf16_compiled"]
     bench.report(f"{case}_over_bf16", bf16 / times["int8"], "x")
     bench.report(f"{case}_over_bf16_compiled", bf16 / times["int8_compiled"], "x")
@@ -249,7 +170,7 @@ def stream(bench: Bench, options: argparse.Namespace) -> None:
             resident = quantised(bench.base(name), bench.policy, bench.device)
             streamed = copy.deepcopy(resident)
             blocks = list(streamed.transformer_blocks)
-            block_bytes = max(stored_bytes(block) for block in blocks)
+            block_bytes = max(stored_bytes(block, bench.device) for block in blocks)
             guests = Streamed(streamed, blocks, bench.device)
         for tokens in options.tokens:
             activations = 40 * tokens * bench.config(name)["cross_attention_dim"]
@@ -398,9 +319,12 @@ def main() -> None:
     parser.add_argument("--memory-gib", type=float, default=8.0)
     parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--without-bnb", action="store_true")
+    parser.add_argument("--verbose", action="store_true", help="tell how long each way to launch a kernel takes")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on a CPU: tries the script, measures nothing")
     parser.add_argument("--output", type=Path, default=None)
     options = parser.parse_args()
+    logging.basicConfig(level=logging.WARNING)
+    logging.getLogger("ltx_batch").setLevel(logging.DEBUG if options.verbose else logging.WARNING)
     device = torch.device("cpu") if options.tiny or options.verb == "velocity" else pick_device("cuda")
     if options.tiny:
         torch.set_num_threads(1)

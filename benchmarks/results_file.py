@@ -9,6 +9,8 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ def write_result(path: Path, figures: list[dict[str, Any]], *, notes: str = "", 
     result = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "hardware": hardware() if device is None else f"{device}; {hardware()}",
-        "versions": {"python": platform.python_version()} | {n: importlib.metadata.version(n) for n in _VERSIONED},
+        "versions": {"python": platform.python_version()} | installed(_VERSIONED),
         "command": shlex.join(["python", *sys.argv]),
         "notes": notes,
         "figures": figures,
@@ -31,6 +33,15 @@ def write_result(path: Path, figures: list[dict[str, Any]], *, notes: str = "", 
     for figure in figures:
         print(f"{figure['name']:<32} {figure['value']} {figure['unit']}")
     print(f"written to {path}")
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """The versions of those that are there: a machine that only renders has no Ray."""
+    found = {}
+    for package in packages:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
 def hardware() -> str:

@@ -72,7 +72,7 @@ def interpret_rotary(dtype: torch.dtype, channels: int) -> Iterator[dict[str, An
 def interpret_products() -> Iterator[dict[str, Any]]:
     from ltx_batch.model.quantize.kernels.product import TILES, Tile
 
-    tiles = (*TILES[:2], Tile(32, 64, 32, 4, 2), Tile(64, 64, 64, 4, 2, described=True))
+    tiles = (*TILES[:2], Tile(32, 64, 32, 4, 2), Tile(64, 64, 64, 4, 2, described=2))
     for tile in tiles:
         for rows, columns, channels, parts in ((70, 96, 80, 1), (70, 64, 64, 3)):
             for follows in ("nothing", "residual", "one gate", "gates") if parts == 1 else ("nothing",):

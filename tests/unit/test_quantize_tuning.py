@@ -46,6 +46,10 @@ def answer(way: Way) -> torch.Tensor:
     return torch.tensor([float(way.number), 1e6])
 
 
+def built(way: Way) -> None:
+    """Nothing is compiled here."""
+
+
 # what fits
 
 
@@ -61,9 +65,7 @@ def test_every_gpu_has_tiles_that_fit(capability: tuple[int, int], kib: int) -> 
 
 
 def test_large_tiles_are_for_gpus_with_room() -> None:
-    large = next(
-        tile for tile in TILES if (tile.rows, tile.columns, tile.stages, tile.described) == (128, 256, 4, True)
-    )
+    large = next(tile for tile in TILES if (tile.rows, tile.columns, tile.stages, tile.described) == (128, 256, 4, 1))
     assert large in product_tuner(described=True).fitting((9, 0), 227 * 1024)
     assert large not in product_tuner(described=True).fitting((9, 0), 163 * 1024)
 
@@ -93,13 +95,14 @@ def test_the_fastest_that_fits_is_chosen_once_and_remembered(timed: dict[int, fl
         return answer(way)
 
     tuner = Tuner("some", ways)
-    assert tuner.choose(GPU, (4, 5), run) == tuner.choose(GPU, (4, 5), run) == Way(2)
+    assert tuner.choose(GPU, (4, 5), run, built) == tuner.choose(GPU, (4, 5), run, built) == Way(2)
     assert set(launched) == {1, 2}
     assert json.loads((tmp_path / "gpu.json").read_text()) == {"some": {"4x5": {"number": 2, "shared": 0}}}
     launched.clear()
-    assert Tuner("some", ways).choose(GPU, (4, 5), run) == Way(2)  # another process
+    assert Tuner("some", ways).choose(GPU, (4, 5), run, built) == Way(2)  # another process
     assert launched == []
-    assert Tuner("some", [Way(1), Way(4)]).choose(GPU, (4, 5), lambda way: answer(Way(1))) == Way(1)  # no such way now
+    ways = [Way(1), Way(4)]  # no such way now
+    assert Tuner("some", ways).choose(GPU, (4, 5), lambda way: answer(Way(1)), built) == Way(1)
 
 
 def test_wrong_and_broken_ways_are_left_out(timed: dict[int, float], caplog: pytest.LogCaptureFixture) -> None:
@@ -110,8 +113,34 @@ def test_wrong_and_broken_ways_are_left_out(timed: dict[int, float], caplog: pyt
             raise RuntimeError("out of resources")
         return answer(way) if way.number == 1 else 2 * answer(way)
 
-    assert Tuner("some", [Way(1), Way(2), Way(3)]).choose(GPU, (1,), run) == Way(1)
+    assert Tuner("some", [Way(1), Way(2), Way(3)]).choose(GPU, (1,), run, built) == Way(1)
     assert "out of resources" in caplog.text and "computes something else" in caplog.text
+
+
+@pytest.mark.parametrize("written", ["nothing", "something else"])
+def test_a_way_that_writes_where_the_others_wrote_is_still_found_wrong(timed: dict[int, float], written: str) -> None:
+    timed |= {1: 3.0, 2: 2.0}
+    out = torch.zeros(2)
+
+    def run(way: Way) -> torch.Tensor:
+        if way.number == 1:
+            return out.copy_(answer(way))
+        return out if written == "nothing" else out.copy_(2 * answer(way))
+
+    assert Tuner("some", [Way(1), Way(2)]).choose(GPU, (1,), run, built) == Way(1)
+
+
+def test_all_that_fit_are_compiled_before_one_is_timed(timed: dict[int, float]) -> None:
+    timed |= {1: 3.0, 2: 2.0}
+    seen: list[str] = []
+
+    def run(way: Way) -> torch.Tensor:
+        seen.append(f"run {way.number}")
+        return answer(way)
+
+    ways = [Way(1), Way(2), Way(3, shared=101)]
+    Tuner("some", ways).choose(GPU, (1,), run, lambda way: seen.append(f"build {way.number}"))
+    assert seen[:3] == ["build 1", "build 2", "run 1"]
 
 
 def test_no_way_at_all_is_an_error_with_a_way_out(timed: dict[int, float]) -> None:
@@ -121,7 +150,7 @@ def test_no_way_at_all_is_an_error_with_a_way_out(timed: dict[int, float]) -> No
     with pytest.raises(
         PrecisionError, match=r"no launch of some runs on this GPU; use precision bf16.*no kernel image"
     ):
-        Tuner("some", [Way(1)]).choose(GPU, (1,), run)
+        Tuner("some", [Way(1)]).choose(GPU, (1,), run, built)
 
 
 # what is stored

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 
 import torch
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ltx_batch.model.quantize.kernels.tune import Tuner, bucket, multiprocessors
+from ltx_batch.model.quantize.kernels.tune import Tuner, bucket, multiprocessors, start
 
 _GROUP = 8  # tiles above each other that are worked on together, so that their columns are read from the cache
 
@@ -231,14 +231,17 @@ def described_kernel(
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Rows and columns of a program's tile, channels read at a time, warps, and stages of the pipeline."""
+    """Rows and columns of a program's tile, channels read at a time, warps, and stages of the pipeline.
+
+    Of `described` ones so many stay on each multiprocessor: with two, one writes out while the other multiplies.
+    """
 
     rows: int
     columns: int
     depth: int
     warps: int
     stages: int
-    described: bool = False
+    described: int = 0
 
     def shared_bytes(self, capability: tuple[int, int]) -> int:
         # Hopper's products read both operands from shared memory, others hold one stage in registers.
@@ -260,12 +263,16 @@ TILES = (
     Tile(128, 256, 128, 8, 3),
     Tile(256, 128, 128, 8, 3),
     Tile(128, 256, 128, 8, 4),
-    Tile(128, 128, 128, 8, 3, described=True),
-    Tile(128, 128, 128, 4, 4, described=True),
-    Tile(128, 256, 128, 8, 3, described=True),
-    Tile(256, 128, 128, 8, 3, described=True),
-    Tile(128, 256, 128, 8, 4, described=True),
-    Tile(256, 128, 128, 8, 4, described=True),
+    Tile(128, 128, 128, 8, 3, described=1),
+    Tile(128, 128, 128, 4, 4, described=1),
+    Tile(128, 256, 128, 8, 3, described=1),
+    Tile(256, 128, 128, 8, 3, described=1),
+    Tile(128, 256, 128, 8, 4, described=1),
+    Tile(256, 128, 128, 8, 4, described=1),
+    Tile(128, 128, 128, 4, 2, described=2),
+    Tile(128, 128, 128, 4, 3, described=2),
+    Tile(128, 128, 64, 4, 4, described=2),
+    Tile(128, 128, 64, 4, 5, described=2),
 )
 
 
@@ -292,14 +299,15 @@ def int8_product(
     out = torch.empty(len(rows), columns * len(weights), dtype=dtype, device=rows.device)
     gate = None if table is None or temb is None else (table[slot], temb[:, slot * columns :])
 
-    def run(tile: Tile) -> torch.Tensor:
-        launch(tile, rows, row_scales, weights, scales, biases, out, residual, gate)
+    def run(tile: Tile, *, only_build: bool = False) -> torch.Tensor:
+        launch(tile, rows, row_scales, weights, scales, biases, out, residual, gate, only_build=only_build)
         return out
 
     described = _is_hopper(rows.device) and channels % 16 == 0 and adjacent(weights)
     shape = (bucket(len(rows)), columns, channels, len(weights), int(described))
     # What follows the sums is not in the shape, so that all products of one size share a choice.
-    return run(tuner(described=described).choose(rows.device, shape, run))
+    build = partial(run, only_build=True)
+    return run(tuner(described=described).choose(rows.device, shape, run, build))
 
 
 def launch(
@@ -312,6 +320,8 @@ def launch(
     out: torch.Tensor,
     residual: torch.Tensor | None,
     gate: tuple[torch.Tensor, torch.Tensor] | None,
+    *,
+    only_build: bool = False,
 ) -> None:
     """Compute `out` [M, N * parts] with this tile; `gate` is a line [N] and lines [R, N or more] to add to it."""
     count, parts = len(rows), len(weights)
@@ -332,15 +342,16 @@ def launch(
         "num_warps": tile.warps,
         "num_stages": tile.stages,
         "enable_fp_fusion": False,  # rounded as on the CPU, and the same with every tile
+        "only_build": only_build,
     }
     if tile.described:
         x = TensorDescriptor.from_tensor(rows, [tile.rows, tile.depth])
         weight = TensorDescriptor(weights[0], [columns * parts, channels], [channels, 1], [tile.columns, tile.depth])
-        programs = min(grid, multiprocessors(rows.device))
-        described_kernel[(programs,)](x, weight, *rest, out, *numbers, **options)
+        programs = min(grid, tile.described * multiprocessors(rows.device))
+        start(described_kernel, programs, x, weight, *rest, out, *numbers, **options)
     else:
         even = channels % tile.depth == 0
-        product_kernel[(grid,)](rows, *_three(weights), *rest, out, *numbers, even=even, **options)
+        start(product_kernel, grid, rows, *_three(weights), *rest, out, *numbers, even=even, **options)
 
 
 def adjacent(weights: Sequence[torch.Tensor]) -> bool:

@@ -8,13 +8,13 @@ there are four such runs, and the 4 x 4 matrix over them is sums in registers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import triton
 import triton.language as tl
 
-from ltx_batch.model.quantize.kernels.tune import Tuner, bucket, multiprocessors
+from ltx_batch.model.quantize.kernels.tune import Tuner, bucket, multiprocessors, start
 
 _LANES = tl.constexpr(64)
 _RINT = tl.constexpr(12582912.0)  # 1.5 * 2^23: fp32 has no fractions there, so adding it rounds half to even
@@ -188,9 +188,10 @@ def _launch(
     rows, channels = x.shape
     assert x.stride(1) == 1 and temb.stride(1) == 1
 
-    def run(launch: RowLaunch) -> torch.Tensor:
-        programs = min(rows, launch.programs * multiprocessors(x.device)) if launch.programs else rows
-        row_kernel[(programs,)](
+    def run(launch: RowLaunch, *, only_build: bool = False) -> torch.Tensor:
+        start(
+            row_kernel,
+            min(rows, launch.programs * multiprocessors(x.device)) if launch.programs else rows,
             x,
             x if table is None else table,
             temb,
@@ -211,11 +212,13 @@ def _launch(
             num_warps=warps_of(channels),
             num_stages=launch.stages,
             enable_fp_fusion=False,  # rounded as on the CPU
+            only_build=only_build,
         )
         return out
 
     variant = (bucket(rows), channels, group, int(table is not None), int(len(temb) == 1), int(gelu), int(quantize))
-    run(tuner(row_bytes(channels, lines=table is not None and len(temb) > 1)).choose(x.device, variant, run))
+    choices = tuner(row_bytes(channels, lines=table is not None and len(temb) > 1))
+    run(choices.choose(x.device, variant, run, partial(run, only_build=True)))
 
 
 def row_bytes(channels: int, *, lines: bool) -> int:

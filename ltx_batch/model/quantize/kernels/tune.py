@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -47,8 +48,15 @@ class Tuner(Generic[Choice]):
         self._kernel, self._candidates = kernel, tuple(candidates)
         self._chosen: dict[tuple[int | None, str], Choice] = {}
 
-    def choose(self, device: torch.device, shape: Sequence[int], run: Callable[[Choice], torch.Tensor]) -> Choice:
-        """The fastest candidate for `shape` on this GPU; `run` launches one and returns what it computes.
+    def choose(
+        self,
+        device: torch.device,
+        shape: Sequence[int],
+        run: Callable[[Choice], torch.Tensor],
+        build: Callable[[Choice], object],
+    ) -> Choice:
+        """The fastest candidate for `shape` on this GPU; `run` launches one and returns what it computes, `build` only
+        compiles it.
 
         Raises PrecisionError where none runs.
         """
@@ -56,7 +64,7 @@ class Tuner(Generic[Choice]):
             return self._candidates[0]
         key = (device.index, "x".join(map(str, shape)))
         if key not in self._chosen:
-            self._chosen[key] = self._recall(device, key[1]) or self._time(device, key[1], run)
+            self._chosen[key] = self._recall(device, key[1]) or self._time(device, key[1], run, build)
         return self._chosen[key]
 
     def fitting(self, capability: tuple[int, int], limit_bytes: int) -> list[Choice]:
@@ -68,15 +76,25 @@ class Tuner(Generic[Choice]):
         stored = read_choice(store_path(device), self._kernel, shape)
         return next((one for one in self._candidates if _numbers(one) == stored), None)
 
-    def _time(self, device: torch.device, shape: str, run: Callable[[Choice], torch.Tensor]) -> Choice:
+    def _time(
+        self,
+        device: torch.device,
+        shape: str,
+        run: Callable[[Choice], torch.Tensor],
+        build: Callable[[Choice], object],
+    ) -> Choice:
         expected: torch.Tensor | None = None
         times_s: dict[Choice, float] = {}
         faults: list[str] = []
-        for one in self.fitting(*limits(device)):
+        fitting = self.fitting(*limits(device))
+        build_all(fitting, build)
+        for one in fitting:
             try:
                 found = run(one)
-                expected = found if expected is None else expected
-                if not _same(found, expected):
+                expected = found.clone() if expected is None else expected
+                same = _same(found, expected)
+                found.zero_()  # the next one may write to the same memory
+                if not same:
                     faults.append(f"{one} computes something else")
                     continue
                 times_s[one] = median_s(lambda one=one: run(one), device)  # type: ignore[misc]
@@ -88,8 +106,27 @@ class Tuner(Generic[Choice]):
             log.warning("%s %s: %s", self._kernel, shape, fault)
         best = min(times_s, key=times_s.__getitem__)
         log.info("%s %s: %s, %.3f ms", self._kernel, shape, best, 1000 * times_s[best])
+        log.debug("%s %s: %s", self._kernel, shape, _told(times_s))
         write_choice(store_path(device), self._kernel, shape, _numbers(best))
         return best
+
+
+def build_all(candidates: Iterable[Choice], build: Callable[[Choice], object]) -> None:
+    """Compile them side by side; what a compiler refuses is found out again when it is run."""
+    with (
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        for one in candidates:
+            build(one)
+
+
+def start(kernel: Any, programs: int, *args: Any, only_build: bool = False, **options: Any) -> None:
+    """Launch so many programs of a kernel, or only compile what that launch would take."""
+    if only_build:
+        kernel.warmup(*args, grid=(programs,), **options)
+    else:
+        kernel[(programs,)](*args, **options)
 
 
 def limits(device: torch.device) -> tuple[tuple[int, int], int]:
@@ -130,6 +167,10 @@ def store_path(device: torch.device) -> Path:
 def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     error = (found.float() - expected.float()).norm()
     return bool(error <= _SAME * expected.float().norm())
+
+
+def _told(times_s: Mapping[Any, float]) -> str:
+    return ", ".join(f"{one} {1000 * s:.3f} ms" for one, s in sorted(times_s.items(), key=lambda item: item[1]))
 
 
 def _numbers(choice: Any) -> dict[str, int]:
