@@ -116,6 +116,16 @@ class RenderRequest:
     input_media: Condition | None = None
     loras: tuple[LoraRef, ...] = ()
 
+    def __post_init__(self) -> None:
+        """Raises TypeError for media that are no Condition: they have a start frame and a strength, too."""
+        if not (self.input_media is None or isinstance(self.input_media, Condition)):
+            raise TypeError(f"input_media must be Condition(media), found {_told(self.input_media)}")
+        if not isinstance(self.conditions, tuple | list):
+            raise TypeError(f"conditions must be a tuple of Condition(media), found {_told(self.conditions)}")
+        for one in self.conditions:
+            if not isinstance(one, Condition):
+                raise TypeError(f"conditions must hold Condition(media, start_frame, strength), found {_told(one)}")
+
     @property
     def lora_set(self) -> tuple[LoraRef, ...]:
         """What the LoRA files come to, see `lora_set`."""
@@ -148,6 +158,11 @@ class RenderRequest:
     def _canonical(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return canonical({**values, "loras": self.lora_set})
+
+
+def _told(value: Any) -> str:
+    """A wrong value for a message; an array by its type alone."""
+    return repr(value) if isinstance(value, str | Path) else type(value).__name__
 
 
 def canonical(value: Any) -> Any:

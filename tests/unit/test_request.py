@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,3 +106,17 @@ def test_batch_key_holds_what_one_forward_pass_must_share(change: dict, same: bo
 def test_batch_key_ignores_which_picture_it_is() -> None:
     first, second = (replace(BASE, conditions=(replace(IMAGE, media_sha256=x),)) for x in ("aa", "bb"))
     assert first.batch_key() == second.batch_key()
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"input_media": "x.mp4"}, r"input_media must be Condition\(media\), found 'x.mp4'"),
+        ({"input_media": np.zeros((1, 8, 8, 3), np.uint8)}, "input_media .*found ndarray"),
+        ({"conditions": ("x.png",)}, r"conditions must hold Condition\(media, start_frame, strength\), found 'x.png'"),
+        ({"conditions": Condition("x.png")}, r"conditions must be a tuple of Condition\(media\), found Condition"),
+    ],
+)
+def test_media_must_come_as_conditions(given: dict[str, Any], told: str) -> None:
+    with pytest.raises(TypeError, match=told):
+        RenderRequest(prompt="a", **given)
