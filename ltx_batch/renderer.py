@@ -139,8 +139,9 @@ class LtxRenderer:
         size (each pass resizes them); they take the place of the request's. `noise(name, shape)` gives every draw:
         docs/pipeline.md lists names and shapes. Raises ValueError where tensors do not fit, InvalidRow as `plan` does.
         """
+        from ltx_batch.model.given import given_conditions, given_text
         from ltx_batch.model.render import prepare_conditions, prepare_input
-        from ltx_batch.model.trace import given_conditions, given_text, trace_request
+        from ltx_batch.model.trace import trace_request
 
         # The text itself says nothing where its embedding is given, so it may be empty.
         plan = self.plan(request if prompt_embeds is None else replace(request, prompt="given"))
@@ -150,12 +151,13 @@ class LtxRenderer:
         else:
             request = self._with_media(replace(request, conditions=()))
             items = given_conditions(conditions, plan)
+        channels = self._pipeline.transformer.config.caption_channels
         return trace_request(
             self._pipeline,
             plan,
             request,
-            prompt=given_text("prompt", prompt_embeds, prompt_attention_mask),
-            negative=given_text("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask),
+            prompt=given_text("prompt", prompt_embeds, prompt_attention_mask, channels),
+            negative=given_text("negative_prompt", negative_prompt_embeds, negative_prompt_attention_mask, channels),
             conditions=items,
             media=prepare_input(request, plan, self._preprocess),
             noise=noise,

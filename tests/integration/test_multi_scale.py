@@ -250,6 +250,17 @@ def test_no_text_encoder_is_asked_where_embeddings_are_given(folder: Path, tmp_p
     assert torch.equal(found.frames, expected.frames)
 
 
+BLACK = -torch.ones(1, 3, 1, 64, 96)
+
+
+def text(*, prompt: Any) -> dict[str, Any]:
+    return {"prompt_embeds": prompt, "prompt_attention_mask": torch.ones(1, 4)}
+
+
+def still(*, pixels: Any = BLACK, frame: Any = 0, strength: Any = 1.0) -> dict[str, Any]:
+    return {"conditions": [(pixels, frame, strength)]}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -257,11 +268,46 @@ def test_no_text_encoder_is_asked_where_embeddings_are_given(folder: Path, tmp_p
         ({"prompt_embeds": torch.zeros(4, 16), "prompt_attention_mask": torch.ones(4)}, r"found \[4, 16\] and \[4\]"),
         ({"conditions": [(torch.zeros(1, 3, 4, 64, 96), 0, 1.0)]}, r"must be \[1, 3, 8k \+ 1, H, W\]"),
         ({"conditions": [(torch.zeros(1, 3, 9, 64, 96), 8, 1.0)]}, "longer than the clip's 9"),
+        (text(prompt=torch.zeros(1, 4, 15)), r"prompt_embeds must have 16 channels, .* found 15"),
+        (text(prompt=np.zeros((1, 4, 16))), r"prompt_embeds must be a torch tensor, found numpy\.ndarray"),
+        (text(prompt=torch.zeros(1, 4, 16, dtype=torch.int64)), "must hold floating-point numbers, found torch.int64"),
+        (still(frame=-1), r"conditions\[0\]: start_frame must be a frame of the clip, 0 to 8, found -1"),
+        (still(frame=9), "0 to 8, found 9"),
+        (still(frame=0.5), "0 to 8, found 0.5"),
+        (still(strength=7), r"conditions\[0\]: strength must be in 0\.\.1, found 7"),
+        (still(strength=float("nan")), "strength must be in 0..1, found nan"),
+        (still(pixels=torch.full((1, 3, 1, 64, 96), 255.0)), r"pixels must be in \[-1, 1\], found 255 to 255"),
+        (still(pixels=np.zeros((1, 3, 1, 64, 96))), r"pixels must be a torch tensor, found numpy\.ndarray"),
+        ({"conditions": [torch.zeros(1, 3, 1, 64, 96)]}, r"must be \(pixels, start_frame, strength\), found Tensor"),
+        ({"noise": lambda name, shape: np.zeros(shape)}, r"noise\('pass1.init', \(1, .* a torch tensor, found numpy"),
+        ({"noise": lambda name, shape: torch.zeros(1, 2, 3)}, r"shape \(1, 12, 8\), found \(1, 2, 3\)"),
     ],
 )
 def test_tensors_that_do_not_fit_are_told(folder: Path, tmp_path: Path, given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load(folder, tmp_path, DISTILLED).trace(REQUEST, **given)
+
+
+def test_a_sequence_starts_where_its_latents_can(folder: Path, tmp_path: Path) -> None:
+    long, frames = replace(REQUEST, num_frames=25), torch.zeros(1, 3, 9, 64, 96)
+    renderer = load(folder, tmp_path, DISTILLED)
+    with pytest.raises(ValueError, match=r"start_frame of a sequence must be a multiple of 8, found 3"):
+        renderer.trace(long, conditions=[(frames, 3, 1.0)])
+    renderer.trace(long, conditions=[(frames[:, :, :1], 3, 1.0)])
+
+
+def test_given_texts_must_be_of_one_size_where_both_are_needed(folder: Path, tmp_path: Path) -> None:
+    short = text(prompt=torch.zeros(1, 4, 16))
+    with pytest.raises(ValueError, match=r"as large as prompt_embeds, \[1, 4, 16\], found \[1, 256, 16\]"):
+        load(folder, tmp_path, DEV).trace(REQUEST, **short)
+    load(folder, tmp_path, DISTILLED).trace(REQUEST, **short)
+    load(folder, tmp_path, DISTILLED).trace(REQUEST, **text(prompt=torch.zeros(1, 4, 16).double()))
+
+
+def test_draws_of_another_precision_are_taken(folder: Path, tmp_path: Path) -> None:
+    renderer, draws = load(folder, tmp_path, DISTILLED), row_noise(REQUEST.seed)
+    found = renderer.trace(REQUEST, noise=lambda name, shape: draws(name, shape).double())
+    assert torch.equal(found.frames, renderer.trace(REQUEST).frames)
 
 
 @pytest.mark.parametrize("compression", [0.0, 0.3, 1.0])
