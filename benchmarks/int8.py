@@ -20,7 +20,8 @@ import copy
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,6 +44,16 @@ from ltx_batch.model.quantize.swap import quantize_model, stored_bytes  # noqa: 
 from ltx_batch.model.quantize.text_rows import text_kept  # noqa: E402
 
 TEXT_TOKENS = 256
+KINDS = ("bf16", "bf16_compiled", "control", "int8", "int8_compiled", "bnb", "bnb_compiled")
+LISTED = ("bf16_compiled", "control", "int8")  # whose kernels are listed
+RATIOS = {
+    "over_bf16": ("bf16_compiled", "int8"),
+    "over_bf16_compiled": ("bf16_compiled", "int8_compiled"),
+    "over_bf16_eager": ("bf16", "int8"),
+    "control": ("bf16_compiled", "control"),
+    "over_bnb": ("bnb", "int8"),
+    "over_bnb_compiled": ("bnb_compiled", "int8"),
+}
 PROMPTS = (
     "a red circle moves right over a dark background",
     "a blue square moves up over a white background",
@@ -90,51 +101,63 @@ def steps(bench: Bench, options: argparse.Namespace) -> None:
     """Speed of a step over compiled bf16, our kernels around bf16 products, and bitsandbytes."""
     for name in options.models:
         with torch.inference_mode(False):
-            base = bench.base(name)
-            parked = bench.policy.parked  # what fused blocks send away, and the others go on using
-            models = {"bf16": base, "bf16_compiled": bench.compile(twin(base))}
-            models["control"] = fused(twin(base, own=parked))
-            models["int8"] = quantised(twin(base, own=parked), bench.policy, bench.device)
-            models["int8_compiled"] = bench.compile(twin(models["int8"]))
-            if name == "13b" and not options.without_bnb:
-                for kind, threshold in (("bnb", 6.0), ("bnb_compiled", 0.0)):
-                    policy = precision("bnb-int8", bench.device.type, threshold=threshold)
-                    models[kind] = quantised(twin(base), policy, bench.device)
-                bench.compile(models["bnb_compiled"])
+            models = kinds_of(bench, name, options.kinds)
         for tokens in options.tokens:
             report_steps(bench, name, tokens, models)
-        del models, base
+        del models
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
 
 
+def kinds_of(bench: Bench, name: str, kinds: Sequence[str]) -> dict[str, Any]:
+    """One model of random weights, in each of these ways; weights that are the same lie on the device once."""
+    base = bench.base(name)
+    parked = bench.policy.parked  # what fused blocks send away, and the others go on using
+    models = {}
+    if "bf16" in kinds:
+        models["bf16"] = base
+    if "bf16_compiled" in kinds:
+        models["bf16_compiled"] = bench.compile(twin(base))
+    if "control" in kinds:
+        models["control"] = fused(twin(base, own=parked))
+    if "int8" in kinds:
+        models["int8"] = quantised(twin(base, own=parked), bench.policy, bench.device)
+    if "int8_compiled" in kinds:
+        models["int8_compiled"] = bench.compile(twin(models["int8"]))
+    for kind, threshold in (("bnb", 6.0), ("bnb_compiled", 0.0)):
+        if kind in kinds and name == "13b":
+            policy = precision("bnb-int8", bench.device.type, threshold=threshold)
+            models[kind] = quantised(twin(base), policy, bench.device)
+            if kind == "bnb_compiled":
+                bench.compile(models[kind])
+    return models
+
+
 def report_steps(bench: Bench, name: str, tokens: int, models: Mapping[str, Any]) -> None:
     case = f"{name}_{short(tokens)}"
-    few = {kind: model for kind, model in models.items() if "bnb" not in kind or short(tokens) == "13k" or bench.tiny}
-    calls = {kind: step(model, tokens) for kind, model in few.items()}
+    few = [kind for kind in models if "bnb" not in kind or short(tokens) == "13k" or bench.tiny]
+    calls = {kind: step(models[kind], tokens) for kind in few}
     first_s: dict[str, float] = {}
     for kind, call in calls.items():
         started_s = time.perf_counter()
         call()
         bench.wait()
         first_s[kind] = time.perf_counter() - started_s
-    with text_kept(models["int8"]), text_kept(models["int8_compiled"]), text_kept(models["control"]):
+    with ExitStack() as stack:
+        for kind in few:
+            stack.enter_context(text_kept(models[kind]))
         times = bench.medians_s(calls, warm_up=1)
-        kernels = {kind: bench.kernels_ms(calls[kind]) for kind in ("bf16_compiled", "control", "int8")}
+        kernels = {kind: bench.kernels_ms(call) for kind, call in calls.items() if kind in LISTED}
     for kind, seconds in times.items():
         more = {"kernels_ms": kernels[kind]} if kind in kernels else {}
         bench.report(f"{case}_{kind}_ms", 1000 * seconds, "ms", first_call_s=round(first_s[kind], 2), **more)
-    bf16 = times["bf16_compiled"]
-    bench.report(f"{case}_over_bf16", bf16 / times["int8"], "x")
-    bench.report(f"{case}_over_bf16_compiled", bf16 / times["int8_compiled"], "x")
-    bench.report(f"{case}_over_bf16_eager", times["bf16"] / times["int8"], "x")
-    bench.report(f"{case}_control", bf16 / times["control"], "x")
-    for kind in ("bnb", "bnb_compiled"):
-        if kind in times:
-            bench.report(f"{case}_over_{kind}", times[kind] / times["int8"], "x")
-    with torch.inference_mode():
-        expected, found = (calls[kind]().float() for kind in ("bf16", "int8"))
-    bench.report(f"{case}_velocity_error", float((found - expected).norm() / expected.norm()), "")
+    for ratio, (slow, fast) in RATIOS.items():
+        if slow in times and fast in times:
+            bench.report(f"{case}_{ratio}", times[slow] / times[fast], "x")
+    if "bf16" in calls and "int8" in calls:
+        with torch.inference_mode():
+            expected, found = (calls[kind]().float() for kind in ("bf16", "int8"))
+        bench.report(f"{case}_velocity_error", float((found - expected).norm() / expected.norm()), "")
 
 
 @torch.inference_mode()
@@ -318,7 +341,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory-gib", type=float, default=8.0)
     parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--without-bnb", action="store_true")
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--verbose", action="store_true", help="tell how long each way to launch a kernel takes")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on a CPU: tries the script, measures nothing")
     parser.add_argument("--output", type=Path, default=None)

@@ -1,6 +1,6 @@
 """Where the time and the memory of a render go: stages of the official two-pass preset, from the prompt to frames.
 
-    python benchmarks/stages.py [--models 2b 13b] [--sizes 704x1216x121 2160x3840x33] [--precision bf16]
+    python benchmarks/stages.py [--models 2b 13b] [--sizes 704x1216x121 2160x3840x33] [--warm-up 1 0] [--precision bf16]
                                 [--placement auto] [--memory-gib 8]
     python benchmarks/stages.py --tiny        # all of it on a CPU in seconds, to try the script
 
@@ -103,7 +103,7 @@ def measure(renderer: LtxRenderer, name: str, size: tuple[int, int, int], warm_u
     total_s = sum(clip.timings.values())
     placed = clip.ran["placement"]
     figures += [
-        {"name": f"{case}_wall", "value": round(wall_s, 4), "unit": "s"},
+        {"name": f"{case}_wall", "value": round(wall_s, 4), "unit": "s", "renders_before": warm_up},
         {
             "name": f"{case}_stages_over_wall",
             "value": round(total_s / wall_s, 4),
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--placement", default="auto")
     parser.add_argument("--memory-gib", type=float, help="of the GPU that may be used; default: all that is free")
-    parser.add_argument("--warm-up", type=int, default=1, help="renders before the measured one")
+    parser.add_argument("--warm-up", type=int, nargs="+", default=[1], help="renders before the measured one, by size")
     parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "stages.json")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
@@ -165,9 +165,9 @@ def run(options: argparse.Namespace, device: torch.device) -> None:
             started_s = time.perf_counter()
             renderer = load(name, options, device)
             print(f"{name}: made in {time.perf_counter() - started_s:.1f} s", flush=True)
-            for size in options.sizes:
+            for number, size in enumerate(options.sizes):
                 try:
-                    found = measure(renderer, name, size, options.warm_up)
+                    found = measure(renderer, name, size, options.warm_up[min(number, len(options.warm_up) - 1)])
                 except Exception as error:
                     traceback.print_exc()
                     found = [
