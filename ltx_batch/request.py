@@ -21,9 +21,10 @@ MAX_WEIGHT = 3.4e38  # of a LoRA: what float32 holds
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """Media as a renderer's `prepare` leaves them: uint8 RGB [F, H, W, 3], read, cut to length and pre-processed."""
+    """Media as a renderer's `prepare` leaves them, read and cut to length: pixels fp32 [F, 3, H, W] in [-1, 1] as the
+    passes take them, or pre-processed frames uint8 RGB [F, H, W, 3] that would be too large so."""
 
-    frames: NDArray[np.uint8]
+    frames: NDArray[Any]
 
 
 Media = str | Path | NDArray[np.uint8] | Prepared

@@ -7,9 +7,8 @@ passed through H.264, and conditions stay as large as their file, so that each p
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +22,9 @@ from ltx_batch.model.frames import take_condition, take_input
 from ltx_batch.model.plan import Target
 from ltx_batch.request import Condition, Prepared, RenderRequest
 
-Frames = NDArray[np.uint8]
+Frames = NDArray[Any]  # uint8 [F, H, W, 3]
+AHEAD_BYTES = 2 * 2**30  # of finished pixels, fp32, that may wait for a request's turn
+_PIXEL_BYTES = 3 * 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +38,14 @@ class ConditionItem:
 
 
 def preprocess_request(request: RenderRequest, preprocess: str) -> RenderRequest:
-    """The request with its media, uint8 arrays, as `Prepared`: the slow part of preparing them, which needs no device."""
+    """The request with its media, uint8 arrays, as `Prepared`: all that needs no device, so that none of it is left for the
+    request's turn but where pixels are too large to wait (`AHEAD_BYTES`)."""
     target = Target(request.height, request.width, request.num_frames)
     conditions, begin = request.conditions, request.input_media
     return replace(
         request,
-        conditions=tuple(_prepared(one, partial(_shape, one.start_frame, target, preprocess)) for one in conditions),
-        input_media=begin and _prepared(begin, partial(_shape_input, target, preprocess)),
+        conditions=tuple(_prepared(one, _Condition(target, preprocess, one.start_frame)) for one in conditions),
+        input_media=begin and _prepared(begin, _Input(target, preprocess)),
     )
 
 
@@ -55,10 +57,7 @@ def prepare_media(
     `preprocess` none: resized to the clip's size first. official: blurred and compressed at the size of the file, which
     they keep, and padded with the clip's pads at that size. Raises MediaError or InvalidRow.
     """
-    shaped = frames.frames if isinstance(frames, Prepared) else _shape(start_frame, target, preprocess, frames)
-    official = preprocess == "official"
-    pixels = pad(_to_pixels(shaped), target.pads) if official else _pad_to(_fit(shaped, target), target)
-    return ConditionItem(_to_video(pixels), start_frame, strength)
+    return ConditionItem(_video(frames, _Condition(target, preprocess, start_frame)), start_frame, strength)
 
 
 def prepare_input_media(frames: Frames | Prepared, target: Target, preprocess: str) -> torch.Tensor:
@@ -67,23 +66,62 @@ def prepare_input_media(frames: Frames | Prepared, target: Target, preprocess: s
     uint8 RGB [F, H, W, 3] are cropped to the clip's shape, resized to its size (Pillow's bicubic, as in the official
     script), with `official` blurred and compressed at that size, and padded. Raises MediaError where frames are too few.
     """
-    shaped = frames.frames if isinstance(frames, Prepared) else _shape_input(target, preprocess, frames)
-    return _to_video(_pad_to(_to_pixels(shaped), target))
+    return _video(frames, _Input(target, preprocess))
 
 
-def _prepared(condition: Condition, shape: Callable[[Frames], Frames]) -> Condition:
+class _Steps(Protocol):
+    """Both halves of the work: uint8 frames that are cut and cropped, and fp32 [F, 3, H, W] in [-1, 1], padded."""
+
+    @property
+    def target(self) -> Target: ...
+    def shape(self, frames: Frames) -> Frames: ...
+    def finish(self, shaped: Frames) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Condition:
+    target: Target
+    preprocess: str
+    start_frame: int
+
+    def shape(self, frames: Frames) -> Frames:
+        taken = take_condition(frames, self.start_frame, self.target.num_frames)
+        return _degrade(_crop(taken, self.target)) if self.preprocess == "official" else taken
+
+    def finish(self, shaped: Frames) -> torch.Tensor:
+        if self.preprocess == "official":
+            return pad(_to_pixels(shaped), self.target.pads)
+        return _pad_to(_fit(shaped, self.target), self.target)
+
+
+@dataclass(frozen=True, slots=True)
+class _Input:
+    target: Target
+    preprocess: str
+
+    def shape(self, frames: Frames) -> Frames:
+        sized = _resize(_crop(take_input(frames, self.target.num_frames), self.target), self.target)
+        return _degrade(sized) if self.preprocess == "official" else sized
+
+    def finish(self, shaped: Frames) -> torch.Tensor:
+        return _pad_to(_to_pixels(shaped), self.target)
+
+
+def _prepared(condition: Condition, steps: _Steps) -> Condition:
     media = condition.media
-    return condition if isinstance(media, Prepared) else replace(condition, media=Prepared(shape(np.asarray(media))))
+    if isinstance(media, Prepared):
+        return condition
+    shaped = steps.shape(np.asarray(media))
+    largest = max(shaped.shape[1] * shaped.shape[2], steps.target.padded_height * steps.target.padded_width)
+    waits = len(shaped) * largest * _PIXEL_BYTES <= AHEAD_BYTES
+    return replace(condition, media=Prepared(steps.finish(shaped).numpy() if waits else shaped))
 
 
-def _shape(start_frame: int, target: Target, preprocess: str, frames: Frames) -> Frames:
-    taken = take_condition(frames, start_frame, target.num_frames)
-    return _degrade(_crop(taken, target)) if preprocess == "official" else taken
-
-
-def _shape_input(target: Target, preprocess: str, frames: Frames) -> Frames:
-    sized = _resize(_crop(take_input(frames, target.num_frames), target), target)
-    return _degrade(sized) if preprocess == "official" else sized
+def _video(frames: Frames | Prepared, steps: _Steps) -> torch.Tensor:
+    """fp32 [1, 3, F, H, W]."""
+    done = frames.frames if isinstance(frames, Prepared) else steps.shape(frames)
+    pixels = torch.from_numpy(done) if done.dtype == np.float32 else steps.finish(done)
+    return pixels.transpose(0, 1).unsqueeze(0)
 
 
 # official, frame by frame
@@ -162,7 +200,3 @@ def _pad_to(pixels: torch.Tensor, target: Target) -> torch.Tensor:
     left, right, top, bottom = target.pads
     missing_down, missing_across = target.height - pixels.shape[-2], target.width - pixels.shape[-1]
     return pad(pixels, (left, right + missing_across, top, bottom + missing_down))
-
-
-def _to_video(pixels: torch.Tensor) -> torch.Tensor:
-    return pixels.transpose(0, 1).unsqueeze(0)

@@ -10,7 +10,8 @@ from PIL import Image
 from ltx_batch.errors import InvalidRow, MediaError
 from ltx_batch.media import compress_frames
 from ltx_batch.model.plan import Target
-from ltx_batch.model.preprocess import _blur, crop_box, prepare_input_media, prepare_media
+from ltx_batch.model.preprocess import _blur, crop_box, prepare_input_media, prepare_media, preprocess_request
+from ltx_batch.request import Condition, Prepared, RenderRequest
 
 SIZES = [
     ((300, 401), (256, 256)),
@@ -148,6 +149,32 @@ def test_preparing_twice_gives_the_same_bits() -> None:
         first, second = (prepare_media(frames, 0, 1.0, target, preprocess).pixels for _ in range(2))
         assert torch.equal(first, second)
         assert torch.equal(*(prepare_input_media(frames, target, preprocess) for _ in range(2)))
+
+
+@pytest.mark.parametrize("preprocess", ["none", "official"])
+def test_nothing_is_left_for_the_turn_of_a_request(preprocess: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames, target = pictures(9, 70, 111), Target(60, 96, 9)
+    request = RenderRequest(
+        prompt="a", height=60, width=96, num_frames=9, conditions=(Condition(frames),), input_media=Condition(frames)
+    )
+    plain = prepare_media(frames, 0, 1.0, target, preprocess).pixels, prepare_input_media(frames, target, preprocess)
+
+    def prepared() -> list[Prepared]:
+        found = preprocess_request(request, preprocess)
+        media = [condition.media for condition in (*found.conditions, found.input_media) if condition]
+        return [one for one in media if isinstance(one, Prepared)]
+
+    def finished(given: Prepared, begin: Prepared) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = prepare_media(given, 0, 1.0, target, preprocess).pixels
+        return pixels, prepare_input_media(begin, target, preprocess)
+
+    ready = prepared()
+    assert [one.frames.dtype for one in ready] == [np.float32] * 2
+    assert all(map(torch.equal, finished(*ready), plain))
+    assert np.shares_memory(finished(*ready)[0].numpy(), ready[0].frames)
+    monkeypatch.setattr("ltx_batch.model.preprocess.AHEAD_BYTES", 0)
+    assert [one.frames.dtype for one in prepared()] == [np.uint8] * 2, "what is too large waits as it is"
+    assert all(map(torch.equal, finished(*prepared()), plain))
 
 
 def test_an_odd_size_still_fills_the_padded_clip() -> None:
