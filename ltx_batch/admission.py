@@ -16,10 +16,12 @@ from ltx_batch.errors import InvalidRow, LoraError, MediaError
 from ltx_batch.job import JobSpec
 from ltx_batch.ledger import Ledger
 from ltx_batch.manifest import Manifest, Row, Shard, hash_media, job_loras, resolve_rows, with_lora_hashes
+from ltx_batch.recent import Recent
 from ltx_batch.record import RenderRecord
 from ltx_batch.request import RenderRequest
 from ltx_batch.tally import Tally
 
+REMEMBERED = 65_536  # hashes of media and LoRA files, some 16 MB; others are asked for again
 _THREADS = 16
 _EARLIER_RUNS = 8  # runs whose shards are joined before keys are looked up one by one
 
@@ -56,7 +58,7 @@ class Admission:
         self._looked = self._fresh = False
         self._earlier: list[tuple[str, dict[str, int]]] = []
         self._charged: Counter[str] = Counter()
-        self._media_sha256: dict[str, str] = {}  # by URI: a picture or LoRA of many rows is looked at once a call
+        self._sha256: Recent[str, str] = Recent(REMEMBERED)  # by URI: media and LoRA files of many rows are read once
 
     def count_finished(self, shards: Sequence[Shard], tally: Tally, *, retry: bool) -> int:
         """Count the rows of finished shards; returns how many shards this call has to work on."""
@@ -165,8 +167,8 @@ class Admission:
         if request is None or not (request.conditions or request.input_media or request.loras):
             return request
         try:
-            hashed = hash_media(request, options=options, cache=self._media_sha256)
-            return with_lora_hashes(hashed, options, self._media_sha256)
+            hashed = hash_media(request, options=options, cache=self._sha256)
+            return with_lora_hashes(hashed, options, self._sha256)
         except (MediaError, LoraError) as error:
             return error
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ltx_batch.recent import Recent
 from ltx_batch.request import RenderRequest
+
+_SHAPES = 4096  # that are remembered
 
 
 class CostModel:
@@ -19,7 +22,7 @@ class CostModel:
     _SMOOTHING = 0.3
 
     def __init__(self) -> None:
-        self._seconds_by_shape: dict[tuple[Any, ...], float] = {}
+        self._seconds_by_shape: Recent[tuple[Any, ...], float] = Recent(_SHAPES)
         self._seconds_per_work: float | None = None
 
     @staticmethod
@@ -34,13 +37,22 @@ class CostModel:
         return self._seconds_per_work is not None
 
     def predict_s(self, request: RenderRequest) -> float:
-        known = self._seconds_by_shape.get(request.batch_key())
+        known = self._seconds_by_shape.get(_shape(request))
         return known if known is not None else self.work(request) * (self._seconds_per_work or 1e-3)
 
     def observe(self, request: RenderRequest, seconds: float) -> None:
-        key = request.batch_key()
+        key = _shape(request)
         self._seconds_by_shape[key] = self._blend(self._seconds_by_shape.get(key), seconds)
         self._seconds_per_work = self._blend(self._seconds_per_work, seconds / self.work(request))
 
     def _blend(self, old: float | None, new: float) -> float:
         return new if old is None else (1 - self._SMOOTHING) * old + self._SMOOTHING * new
+
+
+def _shape(request: RenderRequest) -> tuple[Any, ...]:
+    """What seconds hang on: whether there is guidance, but not how much, and how many steps, but not which."""
+    steps = request.num_inference_steps if request.timesteps is None else len(request.timesteps)
+    scales = (request.guidance_scale, 1.0), (request.stg_scale, 0.0)  # each with the value at which it is off
+    guided = tuple(None if scale is None else scale > off for scale, off in scales)
+    sizes = request.height, request.width, request.num_frames
+    return *sizes, steps, *guided, len(request.conditions), request.input_media is not None

@@ -115,11 +115,16 @@ def hash_loras(
     Raises LoraError with every file that cannot be read.
     """
     known = {} if cache is None else cache
-    new = dict.fromkeys(str(lora.path) for lora in loras if lora.sha256 is None and str(lora.path) not in known)
-    faults = [fault for uri in new if (fault := _hash(uri, options, known))]
+    hashes: dict[str, str] = {}
+    faults: list[str] = []
+    for uri in dict.fromkeys(str(lora.path) for lora in loras if lora.sha256 is None):
+        try:
+            hashes[uri] = known[uri] = known.get(uri) or _hash(uri, options)
+        except LoraError as error:
+            faults.append(str(error))
     if faults:
         raise LoraError("; ".join(faults))
-    return tuple(lora if lora.sha256 else replace(lora, sha256=known[str(lora.path)]) for lora in loras)
+    return tuple(lora if lora.sha256 else replace(lora, sha256=hashes[str(lora.path)]) for lora in loras)
 
 
 def with_lora_hashes(
@@ -129,15 +134,13 @@ def with_lora_hashes(
     return replace(request, loras=hash_loras(request.loras, options, cache)) if request.loras else request
 
 
-def _hash(uri: str, options: Options, cache: MutableMapping[str, str]) -> str | None:
-    """Put the file's hash into the cache, or say why not."""
+def _hash(uri: str, options: Options) -> str:
     try:
-        cache[uri] = sha256_uri(uri, options)
+        return sha256_uri(uri, options)
     except FileNotFoundError:
-        return f"there is no file {uri}"
+        raise LoraError(f"there is no file {uri}") from None
     except (OSError, StorageRefused) as error:
-        return f"{uri} cannot be read: {error}"
-    return None
+        raise LoraError(f"{uri} cannot be read: {error}") from error
 
 
 def _rows_of(cells: Cells) -> list[int]:

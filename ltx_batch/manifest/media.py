@@ -88,14 +88,15 @@ def _hashed(condition: Condition, options: Options, cache: MutableMapping[str, s
     if condition.media_sha256 is not None or not isinstance(condition.media, str):
         return condition
     uri = condition.media
-    if uri not in cache:
+    sha256 = cache.get(uri)  # asked once: another thread may push it out of the cache
+    if sha256 is None:
         try:
-            cache[uri] = sha256_uri(uri, options)
+            sha256 = cache[uri] = sha256_uri(uri, options)
         except FileNotFoundError:
             raise MediaError(f"there is no file {uri}") from None
         except (OSError, StorageRefused) as error:
             raise MediaError(f"{uri} cannot be read: {error}") from error
-    return replace(condition, media_sha256=cache[uri])
+    return replace(condition, media_sha256=sha256)
 
 
 def _one_frame(uri: str) -> bool:

@@ -168,3 +168,18 @@ def test_shards_are_prepared_one_ahead_and_no_further(tmp_path: Path) -> None:
     next(source)
     source.close()
     assert len(read) == 2
+
+
+def test_hashes_of_media_are_remembered_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ltx_batch.admission.REMEMBERED", 3)
+    place = Place(tmp_path, 12)
+    for number in range(6):
+        (tmp_path / f"{number}.png").write_bytes(b"picture %d" % number)
+    paths = [[f"{row % 6}.png"] for row in range(12)]
+    table = pa.table({"prompt": ["p"] * 12, "conditioning_media_paths": paths, "conditioning_start_frames": [[0]] * 12})
+    pq.write_table(table, tmp_path / "m.parquet")
+    place.manifest = Manifest.open(str(tmp_path / "m.parquet"))
+    admission = place.admission()
+    keys = [key for upcoming in admission.prepare(RECIPE, {}) for _, key, _, _ in upcoming.result().wanted]
+    assert keys[:6] == keys[6:] and len(set(keys)) == 6
+    assert len(admission._sha256) == 3

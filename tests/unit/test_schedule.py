@@ -306,6 +306,17 @@ def test_withdraw_forgets_what_waits_and_keeps_what_is_in_flight() -> None:
     assert (bench.schedule.waiting, bench.schedule.busy) == (0, 1)
 
 
+def test_what_was_measured_holds_for_other_values_of_guidance_and_is_bounded() -> None:
+    costs, plain = CostModel(), replace(task("x").request, num_inference_steps=8)
+    costs.observe(replace(plain, guidance_scale=3.0), 40.0)
+    costs.observe(replace(plain, guidance_scale=1.0), 20.0)
+    assert costs.predict_s(replace(plain, guidance_scale=7.5)) == pytest.approx(40.0)
+    assert costs.predict_s(replace(plain, guidance_scale=1.0)) == pytest.approx(20.0)
+    for width in range(32, 32 + 2 * 5000, 2):
+        costs.observe(replace(plain, width=width), 1.0)
+    assert len(costs._seconds_by_shape) == 4096
+
+
 def test_predictions_scale_unseen_shapes_by_their_work() -> None:
     costs = CostModel()
     small, large = task("s").request, task("l", height=640).request
