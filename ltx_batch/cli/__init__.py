@@ -13,6 +13,7 @@ from typing import Any
 
 import typer
 
+from ltx_batch.cli.conditions import WithLists
 from ltx_batch.cli.fetch import fetch
 from ltx_batch.cli.jobs import plan, report, retry, run, status, validate
 from ltx_batch.cli.output import print_json
@@ -22,7 +23,10 @@ from ltx_batch.cli.render import render
 from ltx_batch.cli.text import encode, enhance
 from ltx_batch.errors import LtxBatchError, ManifestError
 
-_SETTINGS = {"help_option_names": ["-h", "--help"]}
+_SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda name: name.replace("_", "-"),  # --num_frames, as the official script spells it
+}
 _STOPPED = 3  # what an error nobody foresaw comes to: 1 would say that the job ran to its end
 
 app = typer.Typer(
@@ -32,7 +36,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=_SETTINGS,
 )
-for _verb in (render, run, validate, plan, status, retry, report, quality, encode, enhance, fetch, quantize):
+app.command(cls=WithLists)(render)
+for _verb in (run, validate, plan, status, retry, report, quality, encode, enhance, fetch, quantize):
     app.command()(_verb)
 
 _submit = typer.Typer(pretty_exceptions_enable=False, add_completion=False, context_settings=_SETTINGS)

@@ -2,29 +2,59 @@
 
 from __future__ import annotations
 
+import os
 import time
+import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ltx_batch.cli.conditions import Conditions, read_conditions
 from ltx_batch.cli.options import AsJson
 from ltx_batch.cli.output import duration, print_json
-from ltx_batch.errors import JobError
+from ltx_batch.errors import JobError, LtxBatchError, RowError, UsageError
 
 if TYPE_CHECKING:
     from ltx_batch.clip import Clip
-    from ltx_batch.request import LoraRef, RenderRequest
+    from ltx_batch.manifest.plans import Planner
+    from ltx_batch.request import RenderRequest
 
 _SUFFIXES = (".mp4", ".png")
 # The demo model is trained on small clips; other checkpoints get the official defaults of RenderRequest.
 _DEMO_SIZE: dict[str, Any] = {"height": 128, "width": 128, "num_frames": 17, "frame_rate": 16.0}
+_WORDS = {"prompt": "PROMPT", "loras": "--lora", "input_media_path": "--input-media"}
 
 
 def render(
     prompt: Annotated[str, typer.Argument(help="What the clip shows.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="clip.mp4, or frame.png for one frame.")],
-    image: Annotated[Path | None, typer.Option(help="The clip begins with this picture.")] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--image",
+            "--video",
+            metavar="FILE[@FRAME[:STRENGTH]]",
+            help="Picture or video that the clip shows from FRAME (0) on; STRENGTH 0 to 1 (1). Repeatable.",
+        ),
+    ] = None,
+    conditioning_media_paths: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE...", help="The same as the official script has it: files, ..."),
+    ] = None,
+    conditioning_start_frames: Annotated[
+        list[int] | None, typer.Option(metavar="FRAME...", help="... a frame for each, ...")
+    ] = None,
+    conditioning_strengths: Annotated[
+        list[float] | None, typer.Option(metavar="STRENGTH...", help="... and, if not 1, a strength for each.")
+    ] = None,
+    input_media: Annotated[
+        str | None,
+        typer.Option(
+            "--input-media", "--input-media-path", metavar="FILE", help="Video to video: begin from it, not from noise."
+        ),
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
     num_frames: Annotated[int | None, typer.Option(help="Frames; 8k+1 wastes none.")] = None,
@@ -33,6 +63,10 @@ def render(
     negative_prompt: Annotated[str | None, typer.Option(help="What the clip does not show.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1: off. Default: the pipeline config's.")] = None,
     num_inference_steps: Annotated[int | None, typer.Option(help="Default: the pipeline config's.")] = None,
+    timesteps: Annotated[
+        list[float] | None,
+        typer.Option(metavar="T...", help="Falling, 1 is pure noise: 0.8 0.5 0.2. Default: the pipeline config's."),
+    ] = None,
     lora: Annotated[
         list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="LoRA file and how much of it. Repeatable.")
     ] = None,
@@ -49,37 +83,41 @@ def render(
     as_json: AsJson = False,
 ) -> int:
     """Render one clip."""
-    if output.suffix.lower() not in _SUFFIXES:
-        raise JobError(f"{output}: give a file that ends in {' or '.join(_SUFFIXES)}")
-    if output.suffix.lower() == ".png" and num_frames not in (None, 1):
-        raise JobError(
-            f"{output} holds one frame, not {num_frames}: leave --num-frames out, or give -o {output.stem}.mp4"
-        )
-    given: dict[str, Any] = {
+    conditions = read_conditions(
+        image or (),
+        {
+            "conditioning_media_paths": conditioning_media_paths or (),
+            "conditioning_start_frames": conditioning_start_frames or (),
+            "conditioning_strengths": conditioning_strengths or (),
+        },
+    )
+    row = {
+        "prompt": prompt,
         "height": height,
         "width": width,
-        "num_frames": num_frames,
+        "num_frames": 1 if num_frames is None and _is_picture(output) else num_frames,
         "frame_rate": frame_rate,
         "seed": seed,
         "negative_prompt": negative_prompt,
         "guidance_scale": guidance_scale,
         "num_inference_steps": num_inference_steps,
-        "loras": _loras(lora, checkpoint) if lora else None,
+        "timesteps": timesteps or None,
+        "loras": lora or None,
+        "input_media_path": input_media,
+        **conditions.columns,
     }
-    request = _request(prompt, image, output, given, _DEMO_SIZE if checkpoint == "demo" else {})
+    options = {
+        "text_encoder": text_encoder,
+        "upsampler": upsampler,
+        "pipeline_config": pipeline_config,
+        "precision": precision,
+        "device": device,
+        "placement": placement,
+        "device_memory_gib": device_memory_gib,
+    }
+    request = _checked(row, conditions, output, {"checkpoint": checkpoint, **options})
     started_s = time.monotonic()
-    clip = _render(
-        request,
-        checkpoint,
-        text_encoder=text_encoder,
-        upsampler=upsampler,
-        pipeline_config=pipeline_config,
-        precision=precision,
-        device=device,
-        placement=placement,
-        device_memory_gib=device_memory_gib,
-    )
-    _save(clip, request, output)
+    clip = _render(request, output, checkpoint, options)
     seconds = time.monotonic() - started_s
     if as_json:
         print_json(_facts(clip, request, output, seconds))
@@ -89,48 +127,103 @@ def render(
     return 0
 
 
-def _request(
-    prompt: str, image: Path | None, output: Path, given: dict[str, Any], defaults: dict[str, Any]
-) -> RenderRequest:
-    from ltx_batch.request import Condition, RenderRequest
-
-    if image is not None and not image.is_file():
-        raise JobError(f"--image {image}: there is no such file")
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if output.suffix.lower() == ".mp4" and any(chosen.get(name, 0) % 2 for name in ("height", "width")):
-        raise JobError("height and width must be even: video is stored as yuv420p")
-    one_frame = {"num_frames": 1} if output.suffix.lower() == ".png" else {}
-    conditions = () if image is None else (Condition(image),)
-    return RenderRequest(prompt=prompt, conditions=conditions, **{**defaults, **one_frame, **chosen})
-
-
-def _loras(texts: list[str], checkpoint: str) -> tuple[LoraRef, ...]:
-    """Raises JobError for a text that names no file and weight, CheckpointError for files that cannot be used."""
-    from ltx_batch.job import ModelSpec
-    from ltx_batch.manifest.loras import LoraLookup, check_files, loras_of
+def _checked(row: Mapping[str, Any], conditions: Conditions, output: Path, named: Mapping[str, Any]) -> RenderRequest:
+    """The request, its media read. Raises JobError with every wrong argument."""
+    from ltx_batch.job import ModelSpec, RowDefaults
+    from ltx_batch.manifest import resolve_single
+    from ltx_batch.model.frames import load_media
     from ltx_batch.renderer import layers_of
 
+    given = {name: value for name, value in row.items() if value is not None}
+    faults = [*_output_faults(output, given.get("num_frames")), *conditions.faults, *_model_faults(named)]
+    where = {name: named[name] for name in ("checkpoint", "pipeline_config")}
+    request, broken = resolve_single(
+        given,
+        RowDefaults(**_DEMO_SIZE if named["checkpoint"] == "demo" else {}),
+        layers=lambda: layers_of(ModelSpec(**where)),
+        planner=_planner(**where, faults=faults),
+    )
+    for fault in broken:
+        name = fault.column or ""
+        faults.append(f"{conditions.typed(name) or _typed(name, given.get(name))}: {fault.rule}")
+    if request is not None and not faults:
+        try:
+            return load_media(request)
+        except RowError as error:
+            faults.append(str(error))
+    raise JobError("\n".join(faults))
+
+
+def _model_faults(named: Mapping[str, Any]) -> list[str]:
+    from pydantic import ValidationError
+
+    from ltx_batch.job import ModelSpec
+
     try:
-        loras = loras_of(texts, ".")
-    except ValueError as error:
-        raise JobError(f"--lora: {error}") from None
-    check_files(loras, LoraLookup(None, lambda: layers_of(ModelSpec(checkpoint=checkpoint))), name="--lora")
-    return loras
+        ModelSpec(**named)
+    except ValidationError as error:
+        return [f"{_typed(str(one['loc'][0]), one['input'])}: {one['msg']}" for one in error.errors()]
+    return []
 
 
-def _render(request: RenderRequest, checkpoint: str, **options: Any) -> Clip:
+def _planner(checkpoint: str, pipeline_config: str | None, faults: list[str]) -> Planner | None:
+    """None, and a fault, where checkpoint or pipeline config cannot be used."""
+    from ltx_batch.renderer import load_planner
+
+    try:
+        return load_planner(checkpoint, pipeline_config=pipeline_config)
+    except UsageError as error:
+        faults.append(str(error))
+        return None
+
+
+def _output_faults(output: Path, num_frames: int | None) -> list[str]:
+    faults = []
+    if output.suffix.lower() not in _SUFFIXES:
+        faults.append(f"-o {output}: give a file that ends in {' or '.join(_SUFFIXES)}")
+    if _is_picture(output) and num_frames not in (None, 1):
+        faults.append(
+            f"-o {output} holds one frame, not {num_frames}: leave --num-frames out, or give -o {output.stem}.mp4"
+        )
+    there = next(folder for folder in output.absolute().parents if folder.exists())
+    if output.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
+        place = output if output.is_dir() else there
+        faults.append(f"-o {output}: {place} is {'a' if output.is_dir() else 'no'} folder that can be written to")
+    return faults
+
+
+def _is_picture(output: Path) -> bool:
+    return output.suffix.lower() == ".png"
+
+
+def _typed(name: str, value: Any) -> str:
+    """An option and its value, as they were typed."""
+    words = value if isinstance(value, list) else [] if value is None else [value]
+    return " ".join([_WORDS.get(name, f"--{name.replace('_', '-')}"), *map(str, words)]).rstrip()
+
+
+def _render(request: RenderRequest, output: Path, checkpoint: str, options: Mapping[str, Any]) -> Clip:
+    """Render and write. Raises RowError for what nobody foresaw, so that it counts as the failed render that it is."""
     from rich.console import Console
 
     from ltx_batch.renderer import load_renderer
 
     console = Console(stderr=True)
-    with console.status("loading the model") as status:
-        renderer = load_renderer(checkpoint, **options)
-        try:
-            status.update("rendering")
-            return renderer.render([request])[0]
-        finally:
-            renderer.close()
+    try:
+        with console.status("loading the model") as status:
+            renderer = load_renderer(checkpoint, **options)
+            try:
+                status.update("rendering")
+                clip = renderer.render([request])[0]
+            finally:
+                renderer.close()
+        _save(clip, request, output)
+        return clip
+    except LtxBatchError:
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        raise RowError(f"the render failed with {type(error).__name__}: {error}") from error
 
 
 def _save(clip: Clip, request: RenderRequest, output: Path) -> None:

@@ -5,6 +5,7 @@ from ltx_batch.manifest.loras import hash_loras, job_loras, with_lora_hashes
 from ltx_batch.manifest.media import hash_media
 from ltx_batch.manifest.read import Manifest, Shard
 from ltx_batch.manifest.rows import Row, resolve_rows, seed_of
+from ltx_batch.manifest.single import resolve_single
 from ltx_batch.manifest.validation import Validation, validate
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "hash_media",
     "job_loras",
     "resolve_rows",
+    "resolve_single",
     "seed_of",
     "validate",
     "with_lora_hashes",

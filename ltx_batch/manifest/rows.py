@@ -61,7 +61,7 @@ def resolve_rows(
     for index in range(table.num_rows):
         values = {name: column[index] for name, column in columns.items() if column[index] is not None}
         broken = tuple(issues[index])
-        request = None if broken else _request(values, folder_of(file), defaults, tuple(loras))
+        request = None if broken else request_of(values, folder_of(file), defaults, tuple(loras))
         place, row_id = shard.offset + index, values.get("row_id")
         rows.append(Row(file, place, row_id, request, broken, values.get("priority", 0)))
     return rows
@@ -101,9 +101,11 @@ def folder_of(file: str) -> str:
     return folder or slash or "."
 
 
-def _request(
+def request_of(
     values: Mapping[str, Any], folder: str, defaults: RowDefaults, loras: tuple[LoraRef, ...]
 ) -> RenderRequest:
+    """The request of a row that breaks no rule; `values` by column, relative paths from `folder`, `loras` for a row without
+    its own."""
     fields = {name: values.get(name, getattr(defaults, name)) for name in _DEFAULTED}
     if "seed" not in values and "row_id" in values:
         fields["seed"] = seed_of(values["row_id"])

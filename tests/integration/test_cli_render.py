@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from ltx_batch.cli import main
-from ltx_batch.media import read_media
+from ltx_batch.clip import Clip
+from ltx_batch.job import VideoSpec
+from ltx_batch.media import read_media, write_clip
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 
@@ -60,9 +62,112 @@ def test_words_for_people(checkpoint: Path, tmp_path: Path, capsys: pytest.Captu
     assert capsys.readouterr().out.startswith(f"{output}: 64x64, 1 frames at 30 Hz, in ")
 
 
+@pytest.fixture
+def media(tmp_path: Path) -> Path:
+    """Two pictures, a clip of 17 frames, and a file that is none."""
+    for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        Image.new("RGB", (96, 64), colour).save(tmp_path / f"{name}.png")
+    frames = np.zeros((17, 64, 96, 3), np.uint8)
+    frames[:, :, 48:] = 255
+    write_clip(Clip(frames, 8.0), tmp_path / "clip.mp4", VideoSpec(), metadata={})
+    (tmp_path / "junk.png").write_text("junk")
+    return tmp_path
+
+
+def test_several_media_have_frames_and_strengths(
+    checkpoint: Path, media: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each counts, and the official script's options mean the same."""
+    red, blue, clip = (str(media / name) for name in ("red.png", "blue.png", "clip.mp4"))
+    words = ["--num-frames", "25", "--seed", "5"]
+    both = ["--image", red, "--image", f"{blue}@12:0.8", "--video", f"{clip}@16"]
+    official = ["--conditioning_media_paths", red, blue, clip, "--conditioning_start_frames", "0", "12", "16"]
+    hashes = {
+        name: render(checkpoint, media / "out.mp4", capsys, *words, *more)["frames_sha256"]
+        for name, more in {
+            "both": both,
+            "official": [*official, "--conditioning_strengths", "1", "0.8", "1"],
+            "one": both[:2],
+            "two": both[:4],
+            "stronger": [*both[:2], "--image", f"{blue}@12", *both[4:]],
+            "earlier": [*both[:2], "--image", f"{blue}@11:0.8", *both[4:]],
+        }.items()
+    }
+    assert hashes.pop("official") == hashes["both"]
+    assert len(set(hashes.values())) == len(hashes)
+
+
+def test_begins_from_input_media(checkpoint: Path, media: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--num-frames", "17", "--seed", "5", "--timesteps", "0.7", "0.4"]
+    plain = render(checkpoint, media / "plain.mp4", capsys, *words)
+    begun = render(checkpoint, media / "begun.mp4", capsys, *words, "--input-media", str(media / "clip.mp4"))
+    assert begun["frames_sha256"] != plain["frames_sha256"]
+
+
+def test_all_wrong_arguments_are_told_at_once(
+    checkpoint: Path, media: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = {
+        "": "PROMPT: is empty",
+        f"--image={media}/absent.png": f"there is no file {media}/absent.png",
+        f"--image={media}/red.png@3:high": "'high' is no strength",
+        "--height=63": "--height 63: must be even",
+        "--num-frames=5000": "--num-frames 5000: must be 1 to 1025",
+        "--timesteps=1.5": "--timesteps 1.5: entries must be above 0 and at most 1",
+        "--precision=int7": "--precision int7: ",
+        "--device=tpu": "--device tpu: ",
+        "--pipeline-config=nowhere.yaml": "no pipeline config at nowhere.yaml",
+        f"-o{media}/clip.gif": "ends in .mp4 or .png",
+        f"--lora={media}/absent.safetensors": "absent.safetensors",
+        "--checkpoint": "",
+        str(checkpoint): "",
+    }
+    assert main(["render", *typed]) == 2
+    told = capsys.readouterr().err
+    assert [said for said in typed.values() if said not in told] == []
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["--precision", "int7"], "unknown precision 'int7'"), (["--checkpoint", "/absent"], "/absent")],
+    [
+        (["--image", "{media}/junk.png"], "junk.png: neither an image nor a video"),
+        (["--image", "{media}/red.png@17"], "entries must be frames of the clip"),
+        (["--video", "{media}/clip.mp4@4"], "must start at a multiple of 8"),
+        (["--conditioning_media_paths", "{media}/red.png"], "--conditioning-start-frames: is missing"),
+        (["--input-media", "{media}/clip.mp4", "--timesteps", "0.5", "--num-frames", "25"], "give a longer video"),
+        (["--input-media", "{media}/red.png", "--timesteps", "0.5"], "is a picture, and the clip has 17 frames"),
+        (["--height", "2"], "must be 32 to 8192"),
+        (["-o", "{media}/junk.png/clip.mp4"], "is no folder that can be written to"),
+    ],
+)
+def test_wrong_media_exit_2_before_a_model_is_loaded(
+    checkpoint: Path, media: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    (checkpoint_without_weights := media / "model").mkdir()
+    for name in ("transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
+        (checkpoint_without_weights / name).parent.mkdir()
+        (checkpoint_without_weights / name).write_bytes((checkpoint / name).read_bytes())
+    size = ["--height", "64", "--width", "96", "--num-frames", "17", "--checkpoint", str(checkpoint_without_weights)]
+    given = ["-o", str(media / "out.mp4"), *size, *(word.format(media=media) for word in words)]
+    assert main(["render", "a red circle", *given]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_failed_render_exits_1(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ltx_batch.media.write_clip", full)
+    words = ["--height", "64", "--width", "64", "--num-inference-steps", "1", "--checkpoint", str(checkpoint)]
+    assert main(["render", "a red circle", "-o", str(tmp_path / "frame.png"), *words, "--device", "cpu"]) == 1
+    assert "the render failed with OSError: [Errno 28] No space left on device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [(["--precision", "int7"], "--precision int7"), (["--checkpoint", "/absent"], "/absent")],
 )
 def test_bad_input(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str

@@ -185,10 +185,10 @@ def test_render_takes_loras(tiny: Path, files: Path, tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["gone.safetensors", "foreign.safetensors"], "--lora: there is no file"),
+        (["gone.safetensors", "foreign.safetensors"], "--lora gone.safetensors foreign.safetensors: there is no file"),
         (["foreign.safetensors"], "no linear layers of this transformer"),
-        (["style.safetensors:loud"], "--lora: 'loud' is no weight"),
-        (["style.safetensors", "style.safetensors:2"], "is named twice"),
+        (["style.safetensors:loud"], "--lora style.safetensors:loud: 'loud' is no weight"),
+        (["style.safetensors", "style.safetensors:2"], "names a file twice"),
     ],
 )
 def test_render_refuses_files_before_it_loads_the_model(

@@ -132,7 +132,7 @@ def test_job_from_standard_input(
         (["report", "{job}"], "no finished shard of this job yet"),
         (["render", "a red circle", "-o", "clip.gif"], "ends in .mp4 or .png"),
         (["render", "a red circle", "-o", "clip.mp4", "--height", "63"], "must be even"),
-        (["render", "a red circle", "-o", "clip.mp4", "--image", "{folder}/absent.png"], "there is no such file"),
+        (["render", "a red circle", "-o", "clip.mp4", "--image", "{folder}/absent.png"], "there is no file"),
     ],
 )
 def test_bad_input_exits_2_with_its_reason(
