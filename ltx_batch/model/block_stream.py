@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ltx_batch.model.packed import Packed
 from ltx_batch.model.placement import SLOTS, staying
@@ -30,7 +31,7 @@ class _Slot:
 class BlockStream:
     """Takes the tensors of `blocks` over into host memory. Before the first forward `keep` says how many stay on the device.
 
-    Forward hooks do the rest, so the blocks may be of any kind, but their order in a forward must not change. What is
+    Forward hooks do the rest, until `detach`, so the blocks may be of any kind, but their order in a forward must not change. What is
     compiled of a block must leave its hooks outside: its `forward`, not the block. Layers that a block names in
     `parked_layers` wait in host memory too, and the block brings them itself.
     """
@@ -43,9 +44,10 @@ class BlockStream:
         self._staying: dict[int, torch.Tensor] = {}
         self._slots: list[_Slot] = []
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._hooks: list[RemovableHandle] = []
         for index, block in enumerate(blocks):
-            block.register_forward_pre_hook(lambda *_, index=index: self._before(index))
-            block.register_forward_hook(lambda *_, index=index: self._after(index))
+            self._hooks.append(block.register_forward_pre_hook(lambda *_, index=index: self._before(index)))
+            self._hooks.append(block.register_forward_hook(lambda *_, index=index: self._after(index)))
 
     @property
     def held_bytes(self) -> int:
@@ -84,7 +86,13 @@ class BlockStream:
     def repack(self) -> None:
         """Take over what has been added to the blocks or taken from them since."""
         self.leave()
-        self._packs = [self._pack(block) for block in self._blocks]
+        for index, block in enumerate(self._blocks):  # one by one: all at once would be in host memory twice
+            self._packs[index] = self._pack(block)
+
+    def detach(self) -> None:
+        """Let go of the blocks, whose tensors stay where they are. Nothing else may be called after it."""
+        for hook in self._hooks:  # blocks that hold us, and we them, would wait for Python to look for cycles
+            hook.remove()
 
     def _chosen(self, count: int) -> set[int]:
         return staying([pack.size_bytes for pack in self._packs], count)

@@ -59,6 +59,10 @@ class Streamed:
         if staying is None:
             self._rest.leave()
 
+    def detach(self) -> None:
+        """Let go of the model, whose tensors stay where they are. Nothing else may be called after it."""
+        self._blocks.detach()
+
     @contextmanager
     def changing_layers(self) -> Iterator[None]:
         """Within it, layers of the blocks may be changed, and numbers of the rest, where they lie in host memory."""

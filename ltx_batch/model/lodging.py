@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -14,13 +15,15 @@ from ltx_batch.model.guests import Guest, Streamed
 from ltx_batch.model.placement import Mode, Placement
 from ltx_batch.model.sharding import deal_out
 
+log = logging.getLogger(__name__)
+
 
 class Lodging:
     """Where transformer, VAE and upsampler are.
 
     They lie where they were loaded until `settle` or `leave`. `mode` says how they live from then on: `resident` on the
     device, `offload` in host memory, coming for their stages, `sharded` with the blocks over several GPUs. `offload` is
-    never left for another.
+    left for another only when a stand-in made way for what was there before.
     """
 
     def __init__(self, device: torch.device, transformer: Any, vae: Any, upsampler: Any | None) -> None:
@@ -108,7 +111,9 @@ class Lodging:
 
     @contextmanager
     def in_its_place(self, other: Streamed) -> Iterator[None]:
-        """Within it, `other` works in the transformer's place, with no block on the device to stay."""
+        """Within it, `other` works in the transformer's place, with no block on the device to stay. Parts that left for it
+        come back."""
+        before, in_place = self.mode, self.held_bytes > 0
         self.leave()
         self._stand_in = other
         try:
@@ -116,6 +121,28 @@ class Lodging:
         finally:
             self._stand_in = None
             other.leave()
+            if self.mode != before:
+                self._undo_leave(before, in_place)
+
+    @torch.inference_mode(False)
+    def _undo_leave(self, mode: Mode | None, in_place: bool) -> None:
+        """All parts are as they were before `leave`: on the device, if they were in place there. Where memory does not give
+        that any more they go on coming for their stages."""
+        assert self._streamed is not None
+        guests = self._guests.values()
+        try:
+            if in_place:
+                self._streamed.come(len(self._transformer.transformer_blocks))
+                for guest in guests:
+                    guest.come()
+        except torch.OutOfMemoryError:
+            log.warning("no memory for all parts in place any more: from now on they come for their stages")
+            self._streamed.leave()
+            for guest in guests:
+                guest.leave()
+            return
+        self._streamed.detach()
+        self._streamed, self._guests, self.mode = None, {}, mode
 
     def _invite_guests(self) -> None:
         if not self._guests:

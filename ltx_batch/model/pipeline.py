@@ -203,6 +203,7 @@ class LtxPipeline:
             with self.lodging.in_its_place(streamed):
                 yield
         finally:
+            streamed.detach()
             self.transformer, self.attention, self.loras, self.ran = usual
 
     def text_told(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ltx_batch.model.placement import Mode, Placement, Room, Strain, decide, ste
 
 Result = TypeVar("Result")
 log = logging.getLogger(__name__)
+_REMEMBERED = 64  # kinds of work; every timestep or guidance weight of a row's own makes another
 
 
 class Placing:
@@ -41,11 +42,14 @@ class Placing:
         """How this work is done from now on."""
         mode = self._mode()
         asked = self._asked if mode in (None, "resident") else mode
-        if (work, asked) not in self._placements:
-            found = decide(self._sizes, work, self._room(), asked, self._strain)
-            self._placements[work, asked] = found
+        known = self._placements.pop((work, asked), None)
+        found = known or decide(self._sizes, work, self._room(), asked, self._strain)
+        self._placements[work, asked] = found  # the last one asked for is the last to be forgotten
+        if known is None:
             log.log(logging.INFO if found.fits else logging.WARNING, "placement %s: %s", found.mode, found.reason)
-        return self._placements[work, asked]
+        if len(self._placements) > _REMEMBERED:
+            del self._placements[next(iter(self._placements))]
+        return found
 
     def attempt(self, work: Work, stage: Callable[[], str], render: Callable[[Placement], Result]) -> Result:
         """`render` under the work's placement, and once more under a lower one each time it runs out of memory.

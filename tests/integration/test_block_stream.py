@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,35 @@ def test_weights_that_change_in_host_memory_come_changed(transformer: Any) -> No
     stream.keep(1)
     assert torch.equal(forward(transformer), doubled)
     assert all(torch.equal(block.attn1.to_q.lora_down, torch.ones(3)) for block in transformer.transformer_blocks)
+
+
+def test_blocks_are_packed_anew_one_by_one(transformer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a change of LoRA files would want the blocks twice in host memory."""
+    stream = BlockStream(transformer.transformer_blocks, CPU)
+    held = [weakref.ref(pack.host.untyped_storage()) for pack in stream._packs]
+    counts: list[int] = []
+    pack = BlockStream._pack
+
+    def spy(self: BlockStream, block: nn.Module) -> Packed:
+        packed = pack(self, block)
+        held.append(weakref.ref(packed.host.untyped_storage()))
+        counts.append(sum(storage() is not None for storage in held))
+        return packed
+
+    monkeypatch.setattr(BlockStream, "_pack", spy)
+    stream.repack()
+    assert counts == [BLOCKS + 1] * BLOCKS
+
+
+def test_a_stream_that_let_go_leaves_no_trace(transformer: Any) -> None:
+    expected = forward(transformer)
+    stream = BlockStream(transformer.transformer_blocks, CPU)
+    stream.keep(BLOCKS)
+    stream.detach()
+    seen = weakref.ref(stream)
+    del stream
+    assert seen() is None
+    assert torch.equal(forward(transformer), expected)
 
 
 # what can be packed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from ltx_batch import RenderRequest, load_renderer
 from ltx_batch.driver import run
 from ltx_batch.errors import NotFinite
 from ltx_batch.model import pipeline
+from ltx_batch.model.block_stream import BlockStream
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 CONFIG = "timesteps: [1.0, 0.7]\nguidance_scale: 1\n"
@@ -52,6 +55,63 @@ def test_an_overflow_is_rendered_without_quantisation(tiny: Path, precision: str
         assert clip.ran["degraded"] is True and clip.ran["unquantised"] is True
         assert clip.ran["precision"] == precision, "what the row was asked to be"
     assert quantised._pipeline.lodging._stand_in is None and not plain.ran["degraded"]
+
+
+@pytest.mark.parametrize("precision", ["bnb-int8", "int8"])
+@pytest.mark.parametrize("rendered_before", [True, False])
+def test_a_stand_in_is_gone_after_its_row_and_all_parts_are_back(
+    tiny: Path, precision: str, rendered_before: bool
+) -> None:
+    renderer = load_renderer(str(tiny), device="cpu", precision=precision)
+    pipeline = renderer._pipeline
+    expected = load_renderer(str(tiny), device="cpu", precision=precision).render([REQUEST])[0]
+    if rendered_before:
+        renderer.render([REQUEST])
+    mode, hooks, held_bytes = pipeline.lodging.mode, _hooks(pipeline.transformer), pipeline.lodging.held_bytes
+    seen, load = [], pipeline._load_unquantised
+    assert load is not None
+
+    def watched() -> Any:
+        stand_in = load()
+        seen.extend(weakref.ref(module) for module in (stand_in, *stand_in.transformer_blocks))
+        return stand_in
+
+    pipeline._load_unquantised = watched
+    gc.collect()
+    gc.disable()
+    try:
+        renderer.render([REQUEST], unquantised=True)
+        assert len(seen) == 3 and not any(module() for module in seen), "it waits for no search for cycles"
+    finally:
+        gc.enable()
+    assert pipeline.lodging.mode == mode and _hooks(pipeline.transformer) == hooks
+    assert pipeline.lodging.held_bytes == held_bytes
+    clip = renderer.render([REQUEST])[0]
+    assert clip.ran["placement"]["mode"] == "resident"
+    assert clip.frames_sha256() == expected.frames_sha256()
+
+
+def test_where_memory_has_gone_parts_go_on_coming_for_their_stages(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    renderer = load_renderer(str(tiny), device="cpu", precision="int8")
+    expected = renderer.render([REQUEST])[0]
+    keep = BlockStream.keep
+
+    def full(self: BlockStream, count: int) -> None:
+        if count:
+            raise torch.OutOfMemoryError("scripted: no block can stay")
+        keep(self, count)
+
+    monkeypatch.setattr(BlockStream, "keep", full)
+    renderer.render([REQUEST], unquantised=True)
+    monkeypatch.undo()
+    assert renderer._pipeline.lodging.mode == "offload" and renderer._pipeline.lodging.held_bytes == 0
+    clip = renderer.render([REQUEST])[0]
+    assert clip.ran["placement"]["mode"] == "offload"
+    assert clip.frames_sha256() == expected.frames_sha256()
+
+
+def _hooks(module: torch.nn.Module) -> int:
+    return sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in module.modules())
 
 
 def test_without_quantisation_there_is_nothing_else_to_try(tiny: Path) -> None:

@@ -163,6 +163,21 @@ def test_what_is_decided_is_logged_once(tiny: Path, caplog: pytest.LogCaptureFix
     assert len(told) == 1 and told[0].startswith("placement offload: resident wants")
 
 
+def test_rows_that_all_differ_are_not_all_remembered(tiny: Path) -> None:
+    """A frame rate of its own makes a row's work one of its own."""
+    renderer = loaded(tiny)
+    placing = renderer._pipeline.placing
+    works = [memory.Work(renderer.plan(replace(REQUEST, frame_rate=10 + index / 100))) for index in range(300)]
+    placements = [placing.placement(work) for work in works]
+    assert 1 < len(placing._placements) <= 64
+    assert placing.placement(works[-1]) is placements[-1], "decided once"
+    first = placing.placement(works[0])
+    for work in works[:200]:
+        placing.placement(works[0])
+        placing.placement(work)
+    assert placing.placement(works[0]) is first, "what goes on being asked for is not forgotten"
+
+
 # tiles
 
 WIDE = RenderRequest(prompt="a red circle", height=256, width=448, num_frames=9, seed=7)
