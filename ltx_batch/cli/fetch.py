@@ -14,7 +14,7 @@ import typer
 
 from ltx_batch.cli.options import AsJson
 from ltx_batch.cli.output import print_json
-from ltx_batch.errors import CheckpointError, JobError
+from ltx_batch.errors import CheckpointError, JobError, RunStopped
 
 if TYPE_CHECKING:
     from ltx_batch.model.catalog import Official
@@ -88,14 +88,24 @@ def _look_up(name: str) -> Wanted:
 
 
 def _list_names(as_json: bool) -> int:
+    """From what is written down here: no network."""
     from ltx_batch.model.catalog import OFFICIAL
 
+    told = {name: _listed(one) for name, one in OFFICIAL.items()}
     if as_json:
-        print_json({"names": {name: {"repo": one.repo, "file": one.file} for name, one in OFFICIAL.items()}})
+        print_json({"names": told})
         return 0
-    for name, one in OFFICIAL.items():
-        print(f"{name:<30} {one.repo}  {one.file or ', '.join(f'{folder}/' for folder in one.folders)}")
+    wide = max(map(len, told))
+    print(f"{'name':<{wide}}  {'about':>7}  {'licence':<26}  what")
+    for name, one in told.items():
+        print(f"{name:<{wide}}  {one['size_gb']:>4.1f} GB  {one['licence']:<26}  {one['what']}")
+    print("The licences restrict what may be done, some by revenue too: read them. `fetch NAME` names their texts.")
     return 0
+
+
+def _listed(one: Official) -> dict[str, Any]:
+    names = ("what", "size_gb", "licence", "licence_file", "repo", "file", "folders")
+    return {name: getattr(one, name) for name in names}
 
 
 def _describe(one: Wanted) -> None:
@@ -104,7 +114,8 @@ def _describe(one: Wanted) -> None:
         _say(f"  {_gb(file.size):>9}  {file.name}")
     _say(f"  licence: {one.repo.licence or 'the model card names none'}")
     for text in one.repo.licences():
-        _say(f"           {text}")
+        holds = one.official is not None and text == one.official.licence_file
+        _say(f"           {text}{'   <- this one holds' if holds else ''}")
 
 
 def _ask() -> None:
@@ -116,7 +127,7 @@ def _ask() -> None:
 
 
 def _bring(wanted: Sequence[Wanted], needed_bytes: int) -> dict[str, Path]:
-    """Paths of all files by repository and name."""
+    """Paths of all files by repository and name. Raises RunStopped for what goes wrong once a download has begun."""
     from huggingface_hub.utils import disable_progress_bars
 
     from ltx_batch.model.hub_download import fetch_file
@@ -127,7 +138,10 @@ def _bring(wanted: Sequence[Wanted], needed_bytes: int) -> dict[str, Path]:
         for one in wanted:
             for file in one.files:
                 _say(f"{file.name}: {'in the cache, checking' if one.repo.cached(file.name) else 'downloading'}")
-                paths[f"{one.repo.name}/{file.name}"] = fetch_file(one.repo, file, told)
+                try:
+                    paths[f"{one.repo.name}/{file.name}"] = fetch_file(one.repo, file, told)
+                except CheckpointError as error:
+                    raise RunStopped(str(error)) from error
     return paths
 
 

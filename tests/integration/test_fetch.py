@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ltx_batch import RenderRequest, load_renderer
+from ltx_batch.model.catalog import OFFICIAL as CATALOG
 from ltx_batch.renderer import checkpoint_fingerprint
 from tests.hub_server import COMMIT
 from tests.official_file import PLAIN, write_official_file, write_official_upsampler
@@ -43,6 +44,7 @@ def repositories(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_official_file(tiny, root / OFFICIAL / FILE, PLAIN)
     write_official_upsampler(tiny, root / OFFICIAL / UPSCALER)
     (root / OFFICIAL / "ltx-video-2b-v0.9.5.license.txt").write_text("OpenRAIL-M")
+    (root / OFFICIAL / "LTX-Video-Open-Weights-License-0.X.txt").write_text("LTXV Open Weights")
     card = {"license": "other", "license_name": "ltxv-open-weights", "license_link": "https://example.org/license"}
     (root / OFFICIAL / ".card.json").write_text(json.dumps(card))
     for folder in ("text_encoder", "tokenizer"):
@@ -114,7 +116,8 @@ def test_official_names_are_fetched_and_render_without_the_hub(
     done = machine.fetch("ltxv-2b-0.9.8-distilled", "--yes", "--json")
     assert done.returncode == 0, done.stderr
     assert "licence: other (ltxv-open-weights, https://example.org/license)" in done.stderr
-    assert "ltx-video-2b-v0.9.5.license.txt" in done.stderr
+    assert "ltx-video-2b-v0.9.5.license.txt\n" in done.stderr
+    assert "LTX-Video-Open-Weights-License-0.X.txt   <- this one holds" in done.stderr
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["job"] == [
         "model:",
@@ -133,6 +136,26 @@ def test_official_names_are_fetched_and_render_without_the_hub(
     assert frames(name, name) == frames(str(repositories / "someone/tiny-ltx"), name)
 
 
+def test_the_list_says_size_licence_and_what_each_is_without_a_network(tmp_path: Path) -> None:
+    nowhere = Machine(tmp_path, "http://127.0.0.1:9")
+    told = json.loads(nowhere.fetch("--json").stdout)["names"]
+    assert set(told) == set(CATALOG)
+    assert all(one["size_gb"] > 0 and one["licence"] and one["what"] for one in told.values())
+    assert told["ltxv-13b-0.9.8-distilled-fp8"] == {
+        "what": "13B model, distilled: few steps, two passes, fp8 file",
+        "size_gb": 15.7,
+        "licence": "LTX-Video Open Weights 0.X",
+        "licence_file": "LTX-Video-Open-Weights-License-0.X.txt",
+        "repo": OFFICIAL,
+        "file": "ltxv-13b-0.9.8-distilled-fp8.safetensors",
+        "folders": [],
+    }
+    lines = nowhere.fetch().stdout.splitlines()
+    for name, one in told.items():
+        (line,) = [line for line in lines if line.startswith(f"{name} ")]
+        assert all(text in line for text in (f"{one['size_gb']:.1f} GB", one["licence"], one["what"]))
+
+
 def test_what_was_fetched_is_not_fetched_again(machine: Machine, repositories: Path) -> None:
     assert machine.fetch(f"{OFFICIAL}:{FILE}", "--yes").returncode == 0
     requests(repositories, FILE)
@@ -148,7 +171,7 @@ def test_a_download_goes_on_where_it_broke_off(machine: Machine, repositories: P
     requests(repositories, FILE)
     with hub_server(repositories, "--drop-after", str(step), "--refuse-after", "2") as shaky:
         broken = Machine(machine.home, shaky).fetch("ltxv-2b-0.9.8-distilled", "--yes")
-    assert broken.returncode == 2
+    assert broken.returncode == 3
     assert f"of {size} bytes" in broken.stderr
     assert "the same command goes on from there" in broken.stderr
     (part,) = machine.parts()
@@ -177,7 +200,7 @@ def test_bytes_that_are_not_the_hubs_are_thrown_away(machine: Machine, repositor
         assert "nobody is there to ask: add --yes" in listed.stderr
         (other / OFFICIAL / FILE).write_bytes(bytes(size))
         spoilt = machine.fetch("ltxv-2b-0.9.8-distilled", "--yes")
-    assert spoilt.returncode == 2
+    assert spoilt.returncode == 3
     assert "and the hub says" in spoilt.stderr
     assert machine.parts() == []
     assert not list(machine.home.rglob(FILE))
