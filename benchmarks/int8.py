@@ -1,11 +1,9 @@
-"""What int8 buys: steps of the real sizes against bf16 and bitsandbytes, memory, kernels one by one, errors of layers.
+"""What int8 buys: steps of the real sizes against bf16 and bitsandbytes, memory, kernels one by one.
 
     python benchmarks/int8.py steps    [--models 13b 2b] [--tokens 13376 2688] [--hadamard-group 64] [--keep-blocks N]
     python benchmarks/int8.py memory   [--models 13b 2b]
     python benchmarks/int8.py stream   [--models 13b] [--tokens 13376 5600] [--memory-gib 8]
     python benchmarks/int8.py kernels  [--models 13b 2b] [--tokens 13376]
-    python benchmarks/int8.py errors
-    python benchmarks/int8.py velocity [--prompts 4]      # of the demo checkpoint; a CPU will do
     python benchmarks/int8.py steps --tiny        # any of them on a CPU in seconds, to try the script
 
 Weights are random, of the real sizes, made on the device. What is compared lies on the device side by side and runs in turns;
@@ -23,7 +21,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -33,12 +30,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.int8_bench import GIB, Bench  # noqa: E402
-from ltx_batch import RenderRequest, load_renderer  # noqa: E402
 from ltx_batch.model.device import device_name, pick_device  # noqa: E402
 from ltx_batch.model.guests import Streamed  # noqa: E402
 from ltx_batch.model.quantize import ops  # noqa: E402
 from ltx_batch.model.quantize.block import fuse_blocks  # noqa: E402
-from ltx_batch.model.quantize.linear import Int8Linear  # noqa: E402
 from ltx_batch.model.quantize.policy import Precision, matches, precision  # noqa: E402
 from ltx_batch.model.quantize.swap import quantize_model, stored_bytes  # noqa: E402
 from ltx_batch.model.quantize.text_rows import text_kept  # noqa: E402
@@ -54,12 +49,6 @@ RATIOS = {
     "over_bnb": ("bnb", "int8"),
     "over_bnb_compiled": ("bnb_compiled", "int8"),
 }
-PROMPTS = (
-    "a red circle moves right over a dark background",
-    "a blue square moves up over a white background",
-    "a small green triangle moves left over a grey background",
-    "a large yellow circle moves down over a black background",
-)
 
 
 def twin(transformer: Any, *, own: tuple[str, ...] = ()) -> Any:
@@ -266,59 +255,6 @@ def report_rows(bench: Bench, tokens: int, width: int, group: int) -> None:
         bench.report(label, calls[kind][1] / seconds / 1e9, "GB/s", ms=round(1000 * seconds, 3))
 
 
-@torch.inference_mode()
-def errors(bench: Bench, options: argparse.Namespace) -> None:
-    """Relative error of a layer against fp32, with and without outliers and rotation."""
-    for width in (256, 512) if bench.tiny else (4096, 16384):
-        exact = nn.Linear(width, 1024).to(bench.device)
-        with torch.no_grad():
-            exact.weight.normal_(std=width**-0.5)
-        plain = torch.randn(256, width, device=bench.device)
-        outliers = plain.clone()
-        outliers[:, torch.randperm(width, device=bench.device)[: width // 1000 + 1]] *= 60
-        for kind, x in (("gaussian", plain), ("outliers", outliers)):
-            right = exact(x) - exact.bias
-            for group in (0, 64, 256):
-                layer = Int8Linear.of(exact, bench.device, hadamard_group=group)
-                error = float((layer(x) - exact.bias - right).norm() / right.norm())
-                bench.report(f"layer_{width}_{kind}_rotated_{group}", error, "")
-
-
-@torch.inference_mode()
-def velocity(bench: Bench, options: argparse.Namespace) -> None:
-    """Error of the velocity that the demo checkpoint predicts, call by call of whole fp32 renders, by precision: as it is,
-    and as its outlier twin, which computes the same function with large activations."""
-    with torch.inference_mode(False):
-        renderer = load_renderer("demo", device="cpu", precision="fp32")
-    exact = renderer._pipeline.transformer
-    calls: list[tuple[Any, torch.Tensor]] = []
-    handle = exact.register_forward_hook(lambda _, args, kwargs, out: calls.append((kwargs, out[0])), with_kwargs=True)
-    for seed, prompt in enumerate(PROMPTS[: options.prompts]):
-        renderer.render([RenderRequest(prompt=prompt, height=128, width=128, num_frames=17, seed=seed)])
-    handle.remove()
-    for twin_name, model in (("demo", exact), ("twin", with_outliers(exact))):
-        for name, group in (("int8", 0), ("int8", 64), ("int8", 256), ("int8-weight", 0), ("fp8", 0), ("bnb-int8", 0)):
-            with torch.inference_mode(False):
-                policy = precision(name, "cpu", hadamard_group=group, keep_blocks=options.keep_blocks)
-                tried = quantised(copy.deepcopy(model), policy, torch.device("cpu"))
-            found = [float((tried(**kwargs)[0] - out).norm() / out.norm()) for kwargs, out in calls]
-            rotated = f"_rotated_{group}" if name == "int8" else ""
-            bench.report(f"velocity_{twin_name}_{name}{rotated}", median(found), "", worst=round(max(found), 4))
-
-
-@torch.no_grad()
-def with_outliers(transformer: Any, *, channels: int = 4, factor: float = 64.0) -> Any:
-    """A copy whose attention values are `factor` times larger in some channels, which its output layer takes back."""
-    made = copy.deepcopy(transformer)
-    for block in made.transformer_blocks:
-        for attention in (block.attn1, block.attn2):
-            chosen = torch.randperm(attention.inner_dim)[:channels]
-            attention.to_v.weight[chosen] *= factor
-            attention.to_v.bias[chosen] *= factor
-            attention.to_out[0].weight[:, chosen] /= factor
-    return made
-
-
 def short(tokens: int) -> str:
     return {13376: "13k", 2688: "2.7k", 5600: "5.6k"}.get(tokens, str(tokens))
 
@@ -329,8 +265,6 @@ def main() -> None:
         "memory": memory,
         "stream": stream,
         "kernels": kernels,
-        "errors": errors,
-        "velocity": velocity,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=verbs)
@@ -340,7 +274,6 @@ def main() -> None:
     parser.add_argument("--keep-blocks", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory-gib", type=float, default=8.0)
-    parser.add_argument("--prompts", type=int, default=4)
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--verbose", action="store_true", help="tell how long each way to launch a kernel takes")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on a CPU: tries the script, measures nothing")
@@ -348,18 +281,12 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("ltx_batch").setLevel(logging.DEBUG if options.verbose else logging.WARNING)
-    device = torch.device("cpu") if options.tiny or options.verb == "velocity" else pick_device("cuda")
+    device = torch.device("cpu") if options.tiny else pick_device("cuda")
     if options.tiny:
         torch.set_num_threads(1)
         options.tokens, options.rounds = [24], 1
     policy = precision("int8", "cuda", hadamard_group=options.hadamard_group, keep_blocks=options.keep_blocks)
-    gpu = (
-        "tiny"
-        if options.tiny
-        else "demo"
-        if options.verb == "velocity"
-        else device_name(device).removeprefix("NVIDIA ").split()[0].lower()
-    )
+    gpu = "tiny" if options.tiny else device_name(device).removeprefix("NVIDIA ").split()[0].lower()
     place = ROOT / ("out" if options.tiny else "benchmarks/results") / f"int8-{gpu}.json"
     torch.manual_seed(0)
     bench = Bench(device, policy, options.tiny, options.rounds, options.output or place)

@@ -17,15 +17,23 @@ from typing import Any
 _VERSIONED = ("ltx-batch", "torch", "diffusers", "transformers", "ray", "pyarrow", "imageio-ffmpeg", "bitsandbytes")
 
 
-def write_result(path: Path, figures: list[dict[str, Any]], *, notes: str = "", device: str | None = None) -> None:
+def write_result(
+    path: Path,
+    figures: list[dict[str, Any]],
+    *,
+    notes: str = "",
+    device: str | None = None,
+    policy: dict[str, Any] | None = None,
+) -> None:
     """Write `path` as JSON. A figure is {"name", "value", "unit"}, with a "bound" where one is promised. `device` is the
-    GPU's model, where one worked."""
+    GPU's model, where one worked; `policy` the precision, where one is judged."""
     result = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "hardware": hardware() if device is None else f"{device}; {hardware()}",
         "versions": {"python": platform.python_version()} | installed(_VERSIONED),
         "command": shlex.join(["python", *sys.argv]),
         "notes": notes,
+        **({} if policy is None else {"policy": policy}),
         "figures": figures,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

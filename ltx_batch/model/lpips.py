@@ -28,26 +28,34 @@ _PIXELS_AT_ONCE = 2**20
 
 
 class Lpips:
-    """The distance of frames, on the CPU. Raises CheckpointError where the weights are missing or not those published."""
+    """The distance of frames, computed on `device`. Raises CheckpointError where the weights are missing or not those
+    published."""
 
-    def __init__(self, weights: Path | None = None) -> None:
+    def __init__(self, weights: Path | None = None, *, device: torch.device | str = "cpu") -> None:
         weights = weights or WEIGHTS
         if not weights.is_file():
             raise CheckpointError(f"the weights of LPIPS are missing at {weights}; install ltx-batch again")
         found = hashlib.sha256(weights.read_bytes()).hexdigest()
         if found != WEIGHTS_SHA256:
             raise CheckpointError(f"{weights} has sha256 {found}, not {WEIGHTS_SHA256}; install ltx-batch again")
-        self._weights = load_file(weights)
+        self._weights = load_file(weights, str(device))
+        self._device = device
 
     @torch.inference_mode()
     def __call__(self, a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:
         """LPIPS of each pair of frames, [F], from uint8 RGB [F, H, W, 3] with at least 32 pixels a side. 0: equal."""
         count = max(1, _PIXELS_AT_ONCE // (a.shape[1] * a.shape[2]))
         parts = [
-            _distance(_prepare(a[at : at + count]), _prepare(b[at : at + count]), self._weights)
+            _distance(self._prepare(a[at : at + count]), self._prepare(b[at : at + count]), self._weights)
             for at in range(0, len(a), count)
         ]
-        return torch.cat(parts).double().numpy()
+        return torch.cat(parts).double().cpu().numpy()
+
+    def _prepare(self, frames: NDArray[np.uint8]) -> Tensor:
+        bytes_ = torch.from_numpy(np.ascontiguousarray(frames)).to(self._device)
+        pictures = bytes_.permute(0, 3, 1, 2).float() / 127.5 - 1
+        shift, scale = (torch.tensor(values, device=self._device).view(1, 3, 1, 1) for values in (_SHIFT, _SCALE))
+        return (pictures - shift) / scale
 
 
 def pin_threads(count: int) -> None:
@@ -55,13 +63,8 @@ def pin_threads(count: int) -> None:
     torch.set_num_threads(count)
 
 
-def _prepare(frames: NDArray[np.uint8]) -> Tensor:
-    pictures = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return (pictures - torch.tensor(_SHIFT).view(1, 3, 1, 1)) / torch.tensor(_SCALE).view(1, 3, 1, 1)
-
-
 def _distance(a: Tensor, b: Tensor, weights: Mapping[str, Tensor]) -> Tensor:
-    total = torch.zeros(len(a))
+    total = torch.zeros(len(a), device=a.device)
     for index, (one, other) in enumerate(zip(_features(a, weights), _features(b, weights), strict=True)):
         difference = (_unit(one) - _unit(other)).square()
         total += F.conv2d(difference, weights[f"lin{index}.model.1.weight"]).mean(dim=(1, 2, 3))
