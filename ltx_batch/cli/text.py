@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ltx_batch.enhance import Enhanced
 
 _SHOWN_CUTS = 20
+_SHOWN_ERRORS = 50
 _LINE_EVERY_S = 10.0
 
 
@@ -64,7 +65,9 @@ def enhance(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Write a manifest with enhanced prompts. Nothing is rendered; the same command again goes on where it stopped."""
+    """Write a manifest with enhanced prompts. Nothing is rendered; the same command again goes on where it stopped.
+
+    Exit code 1 where rows are bad: they are written as they are."""
     from ltx_batch.enhance import LLM, EnhanceSpec
     from ltx_batch.enhance import enhance as write
 
@@ -76,7 +79,7 @@ def enhance(
     _print_enhanced(done, output, seconds, sys.stderr if as_json else sys.stdout)
     if as_json:
         print_json({"output": output, **done.as_dict(), "seconds": round(seconds, 3)})
-    return 0
+    return 1 if done.errors else 0
 
 
 def _print_enhanced(done: Enhanced, output: str, seconds: float, to: TextIO) -> None:
@@ -84,17 +87,23 @@ def _print_enhanced(done: Enhanced, output: str, seconds: float, to: TextIO) -> 
         print(f"warning: {file} row {row}: the answer was cut; give it more --max-new-tokens", file=to)
     if len(done.cut) > _SHOWN_CUTS:
         print(f"... and {len(done.cut) - _SHOWN_CUTS} more; --json lists them", file=to)
+    for issue in done.errors[:_SHOWN_ERRORS]:
+        print(f"error: {issue}", file=to)
+    if len(done.errors) > _SHOWN_ERRORS:
+        print(f"... and {len(done.errors) - _SHOWN_ERRORS} more errors; --json lists them", file=to)
     told = done.as_dict()
     print(f"{done.rows} rows: {told['enhanced']} enhanced, in {duration(seconds)}", file=to)
     for fate, why in (
         ("long", "have words enough"),
         ("media", "have media that no captioner described"),
         ("empty", "got no answer"),
-        ("invalid", "break rules; `ltx-batch validate` names them"),
+        ("invalid", "are bad, see the errors above"),
     ):
         if told[fate]:
             print(f"  {told[fate]} stay as they are: they {why}", file=to)
     print(f"manifest {output}", file=to)
+    if done.errors:
+        print(f"To have bad pictures done too: mend them, remove {output}, and give the same command", file=to)
 
 
 class _Listen(Protocol):

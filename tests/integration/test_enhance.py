@@ -285,6 +285,75 @@ def test_a_first_frame_is_captioned_and_the_caption_told(
     assert new[3:] == ["it moves"] * 2
 
 
+def test_a_bad_picture_is_told_of_and_stops_no_other_row(llm: Path, captioner: Path, tmp_path: Path) -> None:
+    """The row stays as it is. Mended, it is done by the same command, and rows of sound parts are not done again."""
+    for name, pixels in PICTURES.items():
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    good = (tmp_path / "noise.png").read_bytes()
+    (tmp_path / "noise.png").write_bytes(good[: len(good) // 2])
+    Image.fromarray(PICTURES["red"][:1, :1]).save(tmp_path / "dot.png")
+    text = [f"idea {index}" for index in range(64)]
+    paths = [None] * 64 + [["red.png"], ["noise.png"], ["gone.png"], ["dot.png"], None]
+    uri = manifest(
+        tmp_path,
+        prompt=[*text, *["it moves"] * 4, ""],
+        row_id=[f"r{index}" for index in range(69)],
+        conditioning_media_paths=paths,
+        conditioning_start_frames=[path and [0] for path in paths],
+    )
+    settings, new = spec(llm, captioner=str(captioner), max_new_tokens=2, batch_size=64), tmp_path / "new.parquet"
+    done = enhance(uri, str(new), settings)
+    places = {(error.file, error.row, error.row_id, error.column, str(error.value)) for error in done.errors}
+    column = "conditioning_media_paths"
+    assert places >= {
+        (uri, 65, "r65", column, "['noise.png']"),
+        (uri, 66, "r66", column, "['gone.png']"),
+        (uri, 68, "r68", "prompt", ""),
+    }
+    rules = {error.row: error.rule for error in done.errors}
+    assert "noise.png: the image cannot be read" in rules[65] and "gone.png does not exist" in rules[66]
+    assert done.fates["invalid"] == len(done.errors) and done.fates["enhanced"] == 69 - len(done.errors)
+    written = pq.read_table(new).to_pylist()
+    assert all((row["original_prompt"] is None) == (index in rules) for index, row in enumerate(written))
+
+    (tmp_path / "noise.png").write_bytes(good)
+    (tmp_path / "gone.png").write_bytes(good)
+    new.unlink()
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / "new.parquet.parts").rglob("*.json")}
+    assert len(parts) == 1, "the part without a bad row"
+    again = enhance(uri, str(new), settings)
+    assert again.fates["enhanced"] == done.fates["enhanced"] + 2
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "new.parquet.parts").rglob("*.json")} == parts
+
+
+def test_a_picture_that_the_captioner_cannot_take_is_a_bad_row(
+    llm: Path, captioner: Path, pictures: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caption = Captioner.caption
+
+    def picky(self: Captioner, picture: Any) -> str:
+        if np.array_equal(
+            picture, PICTURES["noise"]
+        ):  # as Qwen2-VL's processor says of a picture 200 times as long as wide
+            raise ValueError("absolute aspect ratio must be smaller than 200")
+        return caption(self, picture)
+
+    monkeypatch.setattr(Captioner, "caption", picky)
+    done = enhance(pictures, str(tmp_path / "new.parquet"), spec(llm, captioner=str(captioner)))
+    assert [(error.row, error.column) for error in done.errors] == [(2, "conditioning_media_paths")]
+    assert f"{captioner} cannot describe it: absolute aspect ratio" in done.errors[0].rule
+
+
+def test_lines_that_are_no_rows_are_all_told_before_any_work(llm: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"idea {index}"}) for index in range(80)]
+    lines[3], lines[70] = "no JSON", "[]"
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ManifestError) as caught:
+        enhance(str(tmp_path / "rows.jsonl"), str(tmp_path / "new.jsonl"), spec(llm))
+    assert [issue.row for issue in caught.value.issues] == [3, 70]
+    assert not list(tmp_path.rglob("*.json"))
+
+
 # going on
 
 
@@ -323,4 +392,11 @@ def test_the_verb_tells_what_it_did(llm: Path, tmp_path: Path, capsys: pytest.Ca
     assert (told["rows"], told["enhanced"], told["long"], told["cut"]) == (2, 1, 1, [{"file": uri, "row": 0}])
     assert f"{uri} row 0: the answer was cut; give it more --max-new-tokens" in err
     assert main(words) == 2 and "is there already" in capsys.readouterr().err
+    bad = [words[0], manifest(tmp_path, prompt=["", "a red circle"]), *words[2:]]
+    (tmp_path / "new.parquet").unlink()
+    assert main([*bad, "--json"]) == 1
+    out, err = capsys.readouterr()
+    (error,) = json.loads(out.splitlines()[-1])["errors"]
+    assert (error["row"], error["column"], error["value"]) == (0, "prompt", "") and error["rule"]
+    assert f"error: {uri} row 0, prompt = ''" in err and "1 stay as they are: they are bad" in err
     assert isinstance(Enhanced(2, {}).as_dict()["empty"], int)
