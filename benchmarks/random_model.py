@@ -88,16 +88,21 @@ def random_parts(name: str, dtype: torch.dtype, device: torch.device, *, seed: i
     torch.manual_seed(seed)
     tiny: dict[str, dict[str, Any]] = _TINY if name == "tiny" else {}
     transformer = {"caption_channels": 4096, **TRANSFORMERS.get(name, {}), **tiny.get("transformer", {})}
-    text = T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **{**T5_XXL, **tiny.get("t5", {})})
     return Checkpoint(
         transformer=make(lambda: LTXVideoTransformer3DModel(**transformer), dtype, device),
         vae=make(lambda: AutoencoderKLLTXVideo(**{**VAE, **tiny.get("vae", {})}), dtype, device),
-        text=RandomText(text, dtype, byte_tokenizer()),
+        text=random_text(name, dtype),
         scheduler=SchedulerConfig(),
         latent_upsampler=make(
             lambda: LTXLatentUpsamplerModel(**{**UPSAMPLER, **tiny.get("upsampler", {})}), dtype, device
         ),
     )
+
+
+def random_text(name: str, dtype: torch.dtype) -> RandomText:
+    """T5-XXL, or for `tiny` one without its size."""
+    sizes = T5_XXL | (_TINY["t5"] if name == "tiny" else {})
+    return RandomText(T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **sizes), dtype, byte_tokenizer())
 
 
 @torch.no_grad()

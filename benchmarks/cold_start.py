@@ -1,0 +1,147 @@
+"""From the start of a process to the end of its first denoise step, with a checkpoint folder on a local disk.
+
+    python benchmarks/cold_start.py FOLDER --precision int8        # one start, told as JSON
+
+`measure_starts` writes the folders of random weights and starts such processes. What the disk holds in the page cache and
+which kernels are compiled already is told with each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ltx_batch.model.quantize.policy import Precision
+
+ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+SIZE = (512, 768, 49)
+TINY = (64, 96, 9)
+PRESET = "ltxv-13b-0.9.8-distilled"
+
+
+def measure_starts(scratch: Path, policy: Precision, *, tiny: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names of figures and what each start took, `seconds` and its parts. The disk holds one folder at a time."""
+    bent = ["--hadamard-group", str(policy.hadamard_group)]
+    bent += [] if policy.keep_blocks is None else ["--keep-blocks", str(policy.keep_blocks)]
+    folder = _write(scratch / "int8", "int8", bent, tiny=tiny)
+    try:
+        # The machine is bare, or was: the first start compiles the kernels and chooses their tiles.
+        yield "cold_start_uncompiled_s", start(folder, "int8", [], tiny=tiny, page_cache="warm")
+        yield "cold_start_s", start(folder, "int8", [], tiny=tiny, page_cache=drop_page_cache())
+        yield "cold_start_warm_s", start(folder, "int8", [], tiny=tiny, page_cache="warm")
+    finally:
+        shutil.rmtree(folder)
+    folder = _write(scratch / "bf16", "bf16", [], tiny=tiny)
+    try:
+        yield "cold_start_quantising_s", start(folder, "int8", bent, tiny=tiny, page_cache=drop_page_cache())
+        yield "cold_start_bf16_s", start(folder, "bf16", [], tiny=tiny, page_cache=drop_page_cache())
+    finally:
+        shutil.rmtree(folder)
+
+
+def start(folder: Path, precision: str, bent: list[str], *, tiny: bool, page_cache: str) -> dict[str, Any]:
+    """A process of its own, from before it starts."""
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    command = [sys.executable, str(HERE / "cold_start.py"), str(folder), "--precision", precision, *bent]
+    command += ["--tiny"] if tiny else []
+    done = subprocess.run([*command, "--since", str(time.time())], check=True, stdout=subprocess.PIPE, text=True)
+    return {**json.loads(done.stdout.splitlines()[-1]), "page_cache": page_cache, "folder_gib": round(size / 2**30, 2)}
+
+
+def drop_page_cache() -> str:
+    """Have files come from the disk again; says whether that could be done."""
+    os.sync()
+    with suppress(OSError):
+        Path("/proc/sys/vm/drop_caches").write_text("3\n")
+        return "dropped"
+    return "warm: it could not be dropped"
+
+
+def _write(folder: Path, precision: str, bent: list[str], *, tiny: bool) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, str(HERE / "random_folder.py"), str(folder), "--precision", precision, *bent]
+    subprocess.run([*command, "--model", "tiny" if tiny else "13b"], check=True)
+    return folder
+
+
+class _FirstStep(Exception):
+    """The first step is done."""
+
+
+def first_step(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds since the process was started: all of them, and of imports, load and step by themselves."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from ltx_batch import RenderRequest, load_renderer
+
+    if options.tiny:
+        torch.set_num_threads(1)
+    torch.cuda.is_available()
+    # Libraries that `load_renderer` would import are imported here, so that they count as imports.
+    import ltx_batch.model.load
+    import ltx_batch.model.render  # noqa: F401
+
+    imported_s = time.time()
+    renderer = load_renderer(
+        str(options.folder),
+        precision=options.precision,
+        pipeline_config=PRESET,
+        hadamard_group=options.hadamard_group,
+        keep_blocks=options.keep_blocks,
+    )
+    loaded_s = time.time()
+    stepped_s = _step(renderer, TINY if options.tiny else SIZE, RenderRequest)
+    return {
+        "seconds": stepped_s - options.since,
+        "imports_s": round(imported_s - options.since, 2),
+        "load_s": round(loaded_s - imported_s, 2),
+        "first_step_s": round(stepped_s - loaded_s, 2),
+    }
+
+
+def _step(renderer: Any, size: tuple[int, int, int], request: Any) -> float:
+    """When the first step of a render was done."""
+    import torch
+
+    def stop(*_: object) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        raise _FirstStep
+
+    height, width, frames = size
+    handle = renderer._pipeline.transformer.register_forward_hook(stop)
+    with suppress(_FirstStep):
+        renderer.render([request(prompt="a red circle", height=height, width=width, num_frames=frames, seed=1)])
+    done_s = time.time()
+    handle.remove()
+    return done_s
+
+
+def main() -> None:
+    since_s = time.time()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--precision", default="int8")
+    parser.add_argument("--hadamard-group", type=int, default=None)
+    parser.add_argument("--keep-blocks", type=int, default=None)
+    parser.add_argument(
+        "--since", type=float, default=since_s, help="when the process was started, seconds of Unix time"
+    )
+    parser.add_argument("--tiny", action="store_true")
+    print(json.dumps(first_step(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()
