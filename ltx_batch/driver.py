@@ -26,9 +26,9 @@ from ltx_batch.ledger import Ledger
 from ltx_batch.manifest import Manifest, validate
 from ltx_batch.paths import check_paths, refuse_local
 from ltx_batch.pool import Died, Event, Finished, LocalPool, Pool, Started, StartFailed
-from ltx_batch.recipe import make_recipe, run_id
+from ltx_batch.recipe import make_recipe, run_id, with_precision
 from ltx_batch.record import RenderRecord
-from ltx_batch.renderer import check_built, job_planner, layers_of, tokenizer_file
+from ltx_batch.renderer import check_built, job_planner, layers_of, pinned, tokenizer_file
 from ltx_batch.schedule import Breaker, Schedule, Task, Verdict
 from ltx_batch.storage import Storage
 from ltx_batch.tally import Summary, Tally
@@ -116,6 +116,8 @@ class _Run:
         self.storage = open_output(self.job)
         self.ledger = Ledger(self.storage)
         self.manifest = Manifest.open(self.job.manifest, options=self.job.storage.options)
+        model = pinned(self.job.model, self.job.storage.options)
+        self.job = self.job.model_copy(update={"model": model})
         self.recipe = make_recipe(self.job)
         self.run = run_id(self.manifest.fingerprint(), self.recipe, self.job)
         self.tally = Tally(self.run, self.manifest.rows, self.job.gpu_hour_price)
@@ -151,19 +153,20 @@ class _Run:
         return invalid
 
     def _freeze(self, invalid: dict[tuple[str, int], str]) -> None:
-        """Resolve `auto` once: the first driver of a run writes it down, and the others read it."""
+        """Resolve `auto` once: the first driver of a run that renders writes it down, and the others read it."""
         asked = self.ledger.read_run(self.run)
         if asked is None:
             precision = self._pool().resolve_precision()
-            described = {
+            described: dict[str, Any] = {
                 "run": self.run,
                 "job": self.job.model_dump(mode="json", exclude={"storage": {"options"}}),
                 "recipe": self.recipe,
                 "precision": precision,
                 "manifest": self.manifest.fingerprint(),
             }
-            asked = self.ledger.open_run(self.run, described)
-        self.recipe = {**self.recipe, "precision": asked["precision"]}
+            # The text phase alone may go on another kind of machine: what `auto` means there must not bind the renders.
+            asked = described if self.text_only else self.ledger.open_run(self.run, described)
+        self.recipe = with_precision(self.recipe, asked["precision"])
         self.source = self.admission.prepare(self.recipe, invalid)
 
     def _pool(self) -> Pool:

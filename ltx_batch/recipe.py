@@ -10,7 +10,9 @@ from typing import Any
 from ltx_batch.errors import CheckpointError, LoraError
 from ltx_batch.job import JobSpec
 from ltx_batch.manifest import hash_loras, job_loras
-from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config, pipeline_config_sha256
+from ltx_batch.model.expected import config_sha256
+from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config
+from ltx_batch.model.quantize import policy
 from ltx_batch.record import SCHEMA_VERSION
 from ltx_batch.renderer import (
     checkpoint_fingerprint,
@@ -20,14 +22,23 @@ from ltx_batch.renderer import (
 )
 from ltx_batch.request import LoraRef, canonical, lora_set
 
+# The precisions that each of these keys bends.
+_QUANTIZED = ("int8", "int8-weight", "bnb-int8", "fp8")
+_BENT = {
+    "skip_modules": _QUANTIZED,
+    "keep_blocks": _QUANTIZED,
+    "hadamard_group": ("int8",),
+    "llm_int8_threshold": ("bnb-int8",),
+}
+
 
 def make_recipe(job: JobSpec) -> dict[str, Any]:
     """The recipe with the precision as asked for; no GPU is needed, only the checkpoint's files."""
-    model = job.model
+    model, named = job.model, named_config(job)
     recipe: dict[str, Any] = {
         "schema": SCHEMA_VERSION,
         "precision": model.precision,
-        "condition_preprocess": resolve_preprocess(job.condition_preprocess, named_config(job)),
+        "condition_preprocess": resolve_preprocess(job.condition_preprocess, named),
         "video": job.video.model_dump(),
     }
     if model.renderer == "fake":
@@ -40,16 +51,24 @@ def make_recipe(job: JobSpec) -> dict[str, Any]:
             upsampler=model.upsampler,
             options=job.storage.options,
         )
-    if model.pipeline_config is not None:
-        recipe["pipeline_config"] = pipeline_config_sha256(model.pipeline_config, job.storage.options)
-    if model.precision == "bnb-int8":
-        recipe["llm_int8_threshold"] = model.llm_int8_threshold
+    if named is not None:
+        recipe["pipeline_config"] = config_sha256(named)
     if model.skip_modules:
         recipe["skip_modules"] = sorted(model.skip_modules)
-    for name in ("hadamard_group", "keep_blocks"):
-        if (value := getattr(model, name)) is not None:
-            recipe[name] = value
-    return recipe
+    if model.hadamard_group not in (None, policy.DEFAULT_HADAMARD_GROUP):
+        recipe["hadamard_group"] = model.hadamard_group
+    if model.keep_blocks is not None:
+        recipe["keep_blocks"] = model.keep_blocks
+    if model.precision == "bnb-int8" or model.llm_int8_threshold:
+        recipe["llm_int8_threshold"] = model.llm_int8_threshold
+    return with_precision(recipe, model.precision)
+
+
+def with_precision(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The recipe with the precision by that name, and without what bends only other ones: it changes no pixel of this one.
+    `auto` keeps all, since it may become any of them."""
+    idle = {key for key, bent in _BENT.items() if name not in (*bent, "auto")}
+    return {**{key: value for key, value in recipe.items() if key not in idle}, "precision": name}
 
 
 def job_precision(job: JobSpec) -> str:

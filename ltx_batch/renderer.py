@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -13,6 +13,7 @@ from ltx_batch.clip import Clip
 from ltx_batch.errors import CheckpointError, JobError
 from ltx_batch.job import ModelSpec
 from ltx_batch.lora import Shapes
+from ltx_batch.model.expected import Expected, check_config
 from ltx_batch.model.frames import load_media
 from ltx_batch.model.layers import transformer_layers, transformer_stored
 from ltx_batch.model.memory import ModelSizes
@@ -186,7 +187,7 @@ def load_renderer(
     options: Mapping[str, Any] | None = None,
     text: str = "inline",
     text_cache: str | Storage | None = None,
-    text_fingerprint: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
 ) -> LtxRenderer:
     """Load a checkpoint: the name `demo` or an official one, a folder or official single file, by path, URI or hub id.
 
@@ -197,8 +198,8 @@ def load_renderer(
     says. `llm_int8_threshold`, `skip_modules`, `hadamard_group` and `keep_blocks` bend the precision: see `Precision`.
     `placement` is auto, resident, offload or sharded, `device_memory_gib` how much of each GPU may be used. `torch_threads` pins torch's CPU threads, on which pixels hang; `options` are fsspec options for URIs.
     `text_cache` is a folder or URI of embeddings, which are read from it and, with `text` inline, added to it; with
-    `text` precomputed no text encoder is ever loaded. `text_fingerprint` spares hashing its files: see
-    `encoder_fingerprint`. Raises CheckpointError, PrecisionError or JobError before any weight is loaded, where it can.
+    `text` precomputed no text encoder is ever loaded. `recipe` is a run's: files and a pipeline config that differ from what
+    it says are refused, now and whenever one is loaded later. Raises CheckpointError, PrecisionError or JobError before any weight is loaded, where it can.
     """
     check_built(precision, placement, condition_preprocess)
     from ltx_batch.model.device import pick_device, use_threads
@@ -209,6 +210,8 @@ def load_renderer(
         use_threads(torch_threads)
     place = pick_device(device)
     sources, config = _find(checkpoint, pipeline_config, text_encoder, upsampler, options)
+    if recipe is not None and pipeline_config is not None:
+        check_config(recipe, pipeline_config, config)
     stored = transformer_stored(sources.checkpoint, options)
     name = resolve_precision(precision, place.type, config, checkpoint=sources.checkpoint, options=options)
     chosen = (policy.precision if stored is None else stored.policy)(
@@ -221,14 +224,17 @@ def load_renderer(
     )
     cache = None
     if text_cache is not None:
-        fingerprint = text_fingerprint or encoder_fingerprint(sources.text_hashes(options))
-        cache = open_text_cache(text_cache, TextIdentity(fingerprint, chosen.dtype), options)
+        hashes = sources.text_hashes(options) if recipe is None else recipe["checkpoint"]["files"]
+        cache = open_text_cache(text_cache, TextIdentity(encoder_fingerprint(hashes), chosen.dtype), options)
+    weights, upscaler = sources.local_checkpoint(options), sources.local_upsampler(options)
+    encoder = _local_text(sources, text_encoder, options) if text == "inline" else None
     pipeline = load_pipeline(
-        sources.local_checkpoint(options),
+        weights,
         chosen,
         place,
-        text=_local_text(sources, text_encoder, options) if text == "inline" else None,
-        upsampler=sources.local_upsampler(options),
+        expected=_expected(recipe, sources, weights, encoder, upscaler),
+        text=encoder,
+        upsampler=upscaler,
         text_cache=cache,
         placement=placement,
         memory_gib=device_memory_gib,
@@ -315,6 +321,18 @@ def _local_text(sources: Sources, named: str | None, options: Mapping[str, Any] 
         return error
 
 
+def _expected(
+    recipe: Mapping[str, Any] | None,
+    sources: Sources,
+    checkpoint: Path,
+    text_encoder: Path | CheckpointError | None,
+    upsampler: Path | None,
+) -> Expected:
+    encoder = text_encoder if isinstance(text_encoder, Path) else None
+    local = sources.at(checkpoint, text_encoder=encoder, upsampler=upsampler)
+    return Expected(None if recipe is None else recipe["checkpoint"]["files"], local)
+
+
 def resolve_checkpoint(checkpoint: str) -> str:
     """`demo` as its packaged folder; all other names as they are. Raises CheckpointError."""
     if checkpoint not in PACKAGED_NAMES:
@@ -342,10 +360,24 @@ def checkpoint_fingerprint(
     return {"files": sources.hashes(options)}
 
 
-def local_text_encoder(model: ModelSpec, options: Mapping[str, Any] | None = None) -> Path:
-    """The folder with the job's text_encoder/ and tokenizer/, brought to this machine. Raises CheckpointError."""
+def pinned(model: ModelSpec, options: Mapping[str, Any] | None = None) -> ModelSpec:
+    """The model with hub names as name@commit, official and unnamed ones too, so that whoever loads it loads that commit;
+    all other names as they are. Raises CheckpointError and JobError."""
+    if model.renderer == "fake":
+        return model
+    found, _ = _find(model.checkpoint or "", model.pipeline_config, model.text_encoder, model.upsampler, options)
+    names = asdict(found.pinned())
+    return model.model_copy(update={name: now for name, now in names.items() if now != getattr(found, name)})
+
+
+def local_text_encoder(
+    model: ModelSpec, recipe: Mapping[str, Any], options: Mapping[str, Any] | None = None
+) -> tuple[Path, Expected]:
+    """The folder with the job's text_encoder/ and tokenizer/, brought to this machine, and what the recipe says of them.
+    Raises CheckpointError."""
     sources, _ = _find(model.checkpoint or "", model.pipeline_config, model.text_encoder, model.upsampler, options)
-    return sources.local_text_encoder(options)
+    folder = sources.local_text_encoder(options)
+    return folder, _expected(recipe, sources, folder, folder, None)
 
 
 def tokenizer_file(model: ModelSpec) -> Path | None:

@@ -45,8 +45,8 @@ class TextWorker:
         use_threads(job.worker.torch_threads)
         self._device = pick_device(job.model.device)
         dtype = policy.precision(plan.precision, self._device.type).dtype
-        folder = local_text_encoder(job.model, job.storage.options)
-        self._parts = find_text(folder, dtype)
+        folder, expected = local_text_encoder(job.model, plan.recipe, job.storage.options)
+        self._parts = find_text(folder, dtype, expected.text)
         store = open_text_store(job)
         assert store is not None, "a job with a text phase has a text cache"
         identity = TextIdentity(encoder_fingerprint(plan.recipe["checkpoint"]["files"]), dtype)

@@ -30,7 +30,6 @@ from ltx_batch.ledger import Ledger
 from ltx_batch.lora import LoraCache
 from ltx_batch.media import write_clip
 from ltx_batch.model.frames import load_media
-from ltx_batch.model.text_key import encoder_fingerprint
 from ltx_batch.record import RenderRecord
 from ltx_batch.renderer import Renderer, load_renderer
 from ltx_batch.request import RenderRequest
@@ -207,7 +206,6 @@ def open_renderer(plan: WorkerPlan) -> Renderer:
     model = plan.job.model
     if model.renderer == "fake":
         return FakeRenderer(plan.precision)
-    cache = open_text_store(plan.job)
     return load_renderer(
         model.checkpoint or "",
         precision=plan.precision,
@@ -217,7 +215,7 @@ def open_renderer(plan: WorkerPlan) -> Renderer:
         text_encoder=model.text_encoder,
         placement=model.placement,
         device_memory_gib=model.device_memory_gib,
-        condition_preprocess=plan.job.condition_preprocess,
+        condition_preprocess=plan.recipe["condition_preprocess"],
         llm_int8_threshold=model.llm_int8_threshold,
         skip_modules=model.skip_modules,
         hadamard_group=model.hadamard_group,
@@ -225,8 +223,8 @@ def open_renderer(plan: WorkerPlan) -> Renderer:
         torch_threads=plan.job.worker.torch_threads,
         options=plan.job.storage.options,
         text="inline" if plan.job.text == "inline" else "precomputed",
-        text_cache=cache,
-        text_fingerprint=None if cache is None else encoder_fingerprint(plan.recipe["checkpoint"]["files"]),
+        text_cache=open_text_store(plan.job),
+        recipe=plan.recipe,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from ltx_batch.errors import CheckpointError
+from ltx_batch.model.expected import Reading
 from ltx_batch.model.part import Part, held, read_component
 from ltx_batch.model.parts import check_layout, open_checkpoint
 from ltx_batch.model.plan import SPATIAL, TEMPORAL
@@ -57,24 +59,28 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class TextParts:
-    """A text encoder and its tokenizer, looked at but not loaded. `weights_bytes` is what the encoder takes in `dtype`."""
+    """A text encoder and its tokenizer, looked at but not loaded. `weights_bytes` is what the encoder takes in `dtype`.
+    `reading` is entered whenever files are read."""
 
     folder: Path
     dtype: torch.dtype
     part: Part
     tokenizer: Any
+    reading: Reading = nullcontext
 
     @classmethod
-    def find(cls, folder: Path, dtype: torch.dtype) -> TextParts:
+    def find(cls, folder: Path, dtype: torch.dtype, reading: Reading = nullcontext) -> TextParts:
         """Raises CheckpointError where text_encoder/ or tokenizer/ below `folder` are missing, torn or something else."""
         check_layout(folder, ("text_encoder", "tokenizer"))
-        part, tokenizer = read_component(folder / "text_encoder", "text_encoder"), _load_tokenizer(folder / "tokenizer")
+        with reading():
+            part = read_component(folder / "text_encoder", "text_encoder")
+            tokenizer = _load_tokenizer(folder / "tokenizer")
         if len(tokenizer) > part.config["vocab_size"]:
             raise CheckpointError(
                 f"the parts of {folder} are not of one model: the tokenizer knows {len(tokenizer)} tokens, the text "
                 f"encoder {part.config['vocab_size']}"
             )
-        return cls(folder, dtype, part, tokenizer)
+        return cls(folder, dtype, part, tokenizer, reading)
 
     @property
     def channels(self) -> int:
@@ -90,7 +96,8 @@ class TextParts:
     def load(self, device: torch.device = _CPU) -> Any:
         """The encoder, in `dtype`. Raises CheckpointError."""
         model = build("text_encoder", self.part)
-        fill(model, self.part.tensors, self.dtype, device)
+        with self.reading():
+            fill(model, self.part.tensors, self.dtype, device)
         return model
 
 
@@ -101,18 +108,20 @@ def load_checkpoint(
     text_encoder: Path | None = None,
     upsampler: Path | None = None,
     with_text: bool = True,
+    reading_text: Reading = nullcontext,
     device: torch.device = _CPU,
 ) -> Checkpoint:
     """Load every part but the text encoder in `dtype`, straight onto `device`.
 
     `place` is a folder or an official single file, which holds no text encoder: `text_encoder` names the folder with
-    text_encoder/ and tokenizer/, and may do so for a folder too. `upsampler` names the spatial upscaler's folder or file.
+    text_encoder/ and tokenizer/, and may do so for a folder too; `reading_text` is entered whenever its files are read.
+    `upsampler` names the spatial upscaler's folder or file.
     Beside the weights the host holds one piece of a file. Raises CheckpointError with what was found and what was
     expected, where a part is missing, torn, of another kind, or does not fit the others; but for files that change while
     they are read, before any weight is.
     """
     parts = open_checkpoint(place, upsampler=upsampler)
-    text = TextParts.find(text_encoder or place, dtype) if with_text else None
+    text = TextParts.find(text_encoder or place, dtype, reading_text) if with_text else None
     named = {"transformer": parts.transformer, "vae": parts.vae, "latent_upsampler": parts.latent_upsampler}
     models = {name: build(name, part) for name, part in named.items() if part is not None}
     _check_fit(place, models, text)

@@ -15,7 +15,7 @@ from typing import Any
 
 from ltx_batch.errors import CheckpointError
 from ltx_batch.model.catalog import OFFICIAL, find_official
-from ltx_batch.model.hub import HubFile, HubRepo, download
+from ltx_batch.model.hub import HubFile, HubRepo, commit_of, download
 from ltx_batch.model.pipeline_config import FILE_NAME
 from ltx_batch.storage import FileRef, expand, fetch_uri, is_local_uri, sha256_uri, stat_uri
 
@@ -58,6 +58,18 @@ def locate(name: str) -> str | HubPlace:
             + (f" such as {close[0]}" if close else "")
         )
     return HubPlace(hub["repo"], hub["revision"], hub["file"])
+
+
+def pin(name: str) -> str:
+    """`name` with the commit that it means now, where it means a place at the hub; else as it is. Raises CheckpointError."""
+    place = locate(name)
+    if not isinstance(place, HubPlace):
+        return name
+    try:
+        commit = commit_of(place.repo, place.revision)
+    except CheckpointError as error:
+        commit = _cached_commit(place, error)
+    return f"{place.repo}@{commit}{f':{place.file}' if place.file else ''}"
 
 
 def checkpoint_files(
@@ -117,11 +129,16 @@ def hub_files(repo: HubRepo, place: HubPlace, folders: tuple[str, ...] = COMPONE
     if place.file is not None:
         found = [file for file in repo.files.values() if file.name == place.file]
     else:
-        found = [file for file in repo.below(folders) if file.name.endswith(_SUFFIXES)]
+        found = [file for file in repo.below(folders) if _counts(file.name)]
     if not found:
         missing = place.file or ", ".join(f"{folder}/" for folder in folders)
         raise CheckpointError(f"{place.repo} at {repo.commit} holds none of {missing}")
     return found + [file for file in repo.files.values() if file.name == FILE_NAME and place.file is None]
+
+
+def _counts(name: str) -> bool:
+    """As `expand` has it for folders anywhere else, so that a listing of the hub and one of its cache are equal."""
+    return name.lower().endswith(_SUFFIXES) and not name.rpartition("/")[2].startswith((".", "_"))
 
 
 def _cached_files(place: HubPlace, folders: tuple[str, ...], error: CheckpointError) -> dict[str, FileRef]:
@@ -131,6 +148,15 @@ def _cached_files(place: HubPlace, folders: tuple[str, ...], error: CheckpointEr
     except CheckpointError:
         raise error from None
     return {SINGLE_FILE: stat_uri(str(found))} if place.file else checkpoint_files(str(found), folders=folders)
+
+
+def _cached_commit(place: HubPlace, error: CheckpointError) -> str:
+    """Where the hub cannot be reached: the commit that its cache here holds under that name."""
+    try:
+        found = download(place.repo, place.revision, file=place.file, folders=COMPONENTS)
+    except CheckpointError:
+        raise error from None
+    return found.parts[found.parts.index("snapshots") + 1]
 
 
 def _download(uri: str, options: Mapping[str, Any] | None, folders: tuple[str, ...]) -> Path:

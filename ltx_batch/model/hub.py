@@ -5,6 +5,7 @@ HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE hold as everywhere.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from ltx_batch.errors import CheckpointError
 from ltx_batch.storage import FileRef, stat_uri
 
 _TIMEOUT_S = 20.0
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,11 @@ class HubRepo:
         found = self.files[file]
         uri = f"hf://{self.name}@{self.commit}/{file}"
         return FileRef(uri, found.size, found.sha256 or f"{self.commit}/{file}")
+
+
+def commit_of(name: str, revision: str | None) -> str:
+    """The commit that a revision means now; one that is a commit already is not asked for. Raises CheckpointError."""
+    return revision if revision and _COMMIT.fullmatch(revision) else HubRepo.look_up(name, revision).commit
 
 
 def download(name: str, revision: str | None, *, file: str | None = None, folders: tuple[str, ...] = ()) -> Path:

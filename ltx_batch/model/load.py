@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ltx_batch.errors import CheckpointError, JobError
 from ltx_batch.model.checkpoint import load_checkpoint, load_transformer
 from ltx_batch.model.device import gpus, limit_memory, room
+from ltx_batch.model.expected import Expected, Reading
 from ltx_batch.model.parts import open_checkpoint
 from ltx_batch.model.pipeline import LtxPipeline
 from ltx_batch.model.placement import first_mode
@@ -25,6 +27,7 @@ def load_pipeline(
     policy: Precision,
     device: torch.device,
     *,
+    expected: Expected,
     text: Path | CheckpointError | None,
     upsampler: Path | None = None,
     text_cache: TextCache | None = None,
@@ -32,7 +35,8 @@ def load_pipeline(
     memory_gib: float | None = None,
 ) -> LtxPipeline:
     """`checkpoint` and `upsampler` are folders or files. `text` is the folder with text_encoder/ and tokenizer/, or what
-    to raise when one is missed, or None where none is to be used. `memory_gib` limits what is used of a GPU.
+    to raise when one is missed, or None where none is to be used. Whenever files are read they must be those of `expected`.
+    `memory_gib` limits what is used of a GPU.
 
     Parts that may not stay on the device are loaded into host memory. Raises CheckpointError and JobError.
     """
@@ -40,18 +44,21 @@ def load_pipeline(
         raise JobError("placement sharded wants several GPUs in one worker: set worker.num_gpus to 2 or more")
     if memory_gib is not None:
         limit_memory(device, memory_gib)
-    opened = open_checkpoint(checkpoint, upsampler=upsampler)
-    sizes = sizes_of(opened, policy)
-    to_quantise = policy.quantize is not None and opened.transformer.stored is None
-    home = device if first_mode(sizes, room(device, memory_gib), placement) == "resident" else _CPU
-    parts = load_checkpoint(
-        checkpoint,
-        getattr(torch, policy.dtype),
-        text_encoder=text if isinstance(text, Path) else None,
-        upsampler=upsampler,
-        with_text=isinstance(text, Path),
-        device=_CPU if to_quantise else home,
-    )
+    dtype: torch.dtype = getattr(torch, policy.dtype)
+    with expected.weights():
+        opened = open_checkpoint(checkpoint, upsampler=upsampler)
+        sizes = sizes_of(opened, policy)
+        to_quantise = policy.quantize is not None and opened.transformer.stored is None
+        home = device if first_mode(sizes, room(device, memory_gib), placement) == "resident" else _CPU
+        parts = load_checkpoint(
+            checkpoint,
+            dtype,
+            text_encoder=text if isinstance(text, Path) else None,
+            upsampler=upsampler,
+            with_text=isinstance(text, Path),
+            reading_text=expected.text,
+            device=_CPU if to_quantise else home,
+        )
     return LtxPipeline(
         parts,
         policy,
@@ -59,7 +66,12 @@ def load_pipeline(
         placement=placement,
         home=home,
         memory_gib=memory_gib,
-        unquantised=partial(load_transformer, checkpoint, getattr(torch, policy.dtype)) if to_quantise else None,
+        unquantised=partial(_load_again, checkpoint, dtype, expected.weights) if to_quantise else None,
         text_missed=text if isinstance(text, CheckpointError) else None,
         text_cache=text_cache,
     )
+
+
+def _load_again(checkpoint: Path, dtype: torch.dtype, reading: Reading) -> Any:
+    with reading():
+        return load_transformer(checkpoint, dtype)

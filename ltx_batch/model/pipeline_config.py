@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
@@ -226,13 +224,6 @@ def load_pipeline_config(
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise JobError(f"the pipeline config {named} cannot be read: {error}") from None
     return parse_pipeline_config(data, source=named)
-
-
-def pipeline_config_sha256(named: str, options: Mapping[str, Any] | None = None) -> str:
-    """Of the file's bytes, or of a preset's values. Raises JobError where there is no such config."""
-    if named in PRESETS:
-        return hashlib.sha256(json.dumps(PRESETS[named], sort_keys=True).encode()).hexdigest()
-    return hashlib.sha256(_read(named, options)).hexdigest()
 
 
 def _read(named: str, options: Mapping[str, Any] | None) -> bytes:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ltx_batch.model.fetch import (
     checkpoint_files,
     file_hash,
     local_checkpoint,
+    pin,
 )
 from ltx_batch.model.pipeline_config import FILE_NAME, PipelineConfig, load_pipeline_config
 from ltx_batch.model.sigmas import SchedulerConfig
@@ -30,11 +32,13 @@ Options = Mapping[str, Any] | None
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Names that `locate` knows. None: the checkpoint itself has the part; a base pipeline needs no upscaler."""
+    """Names that `locate` knows. None: the checkpoint itself has the part; a base pipeline needs no upscaler. `own_config`:
+    the pipeline config in the checkpoint's folder holds, not one that is named."""
 
     checkpoint: str
     text_encoder: str | None = None
     upsampler: str | None = None
+    own_config: bool = True
 
     def files(self, options: Options = None) -> dict[str, FileRef]:
         """Every file that changes the picture, by its name below the checkpoint, wherever it lies. Raises CheckpointError.
@@ -42,6 +46,8 @@ class Sources:
         Nothing large is downloaded.
         """
         found = checkpoint_files(self.checkpoint, options)
+        if not self.own_config:
+            found.pop(FILE_NAME, None)
         if self.text_encoder is not None:
             found = {path: ref for path, ref in found.items() if not is_text(path)} | self.text_files(options)
         if self.upsampler is not None:
@@ -55,10 +61,8 @@ class Sources:
 
     def text_files(self, options: Options = None) -> dict[str, FileRef]:
         """The files of text encoder and tokenizer. Raises CheckpointError, with what to set."""
-        try:
+        with _advised():
             files = checkpoint_files(self.text_encoder or self.checkpoint, options, folders=TEXT_FOLDERS)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}. {_TEXT_ADVICE}") from None
         return {path: ref for path, ref in files.items() if is_text(path)}
 
     def hashes(self, options: Options = None) -> dict[str, str]:
@@ -78,6 +82,18 @@ class Sources:
             raise CheckpointError(f"{self.checkpoint} lacks {SCHEDULER_FILE}; it holds {', '.join(sorted(files))}")
         return SchedulerConfig.parse(read_uri(files[SCHEDULER_FILE].uri, options), source=SCHEDULER_FILE)
 
+    def at(self, checkpoint: Path, *, text_encoder: Path | None, upsampler: Path | None) -> Sources:
+        """The same, by the places on this machine to which everything was brought."""
+        text, upscaler = (None if place is None else str(place.absolute()) for place in (text_encoder, upsampler))
+        return Sources(str(checkpoint.absolute()), text, upscaler, self.own_config)
+
+    def pinned(self) -> Sources:
+        """The same, with hub names as `name@commit`. Raises CheckpointError."""
+        with _advised():
+            text = None if self.text_encoder is None else pin(self.text_encoder)
+        upscaler = None if self.upsampler is None else pin(self.upsampler)
+        return Sources(pin(self.checkpoint), text, upscaler, self.own_config)
+
     def local_checkpoint(self, options: Options = None) -> Path:
         """Its folder or file on this machine. Raises CheckpointError."""
         elsewhere = [*(TEXT_FOLDERS if self.text_encoder else ()), *(UPSAMPLER_FOLDERS if self.upsampler else ())]
@@ -87,11 +103,9 @@ class Sources:
     def local_text_encoder(self, options: Options = None) -> Path:
         """The folder with text_encoder/ and tokenizer/ on this machine. Raises CheckpointError, with what to set."""
         if self.text_encoder is None:
-            return local_checkpoint(self.checkpoint, options)
-        try:
+            return self.local_checkpoint(options)
+        with _advised():
             return local_checkpoint(self.text_encoder, options, folders=TEXT_FOLDERS)
-        except CheckpointError as error:
-            raise CheckpointError(f"{error}. {_TEXT_ADVICE}") from None
 
     def local_upsampler(self, options: Options = None) -> Path | None:
         """The upscaler's file, or the folder with latent_upsampler/. Raises CheckpointError."""
@@ -104,6 +118,15 @@ _TEXT_ADVICE = (
     "A single file holds no text encoder: set model.text_encoder to a folder, URI or hub id with text_encoder/ and "
     f"tokenizer/, or run `ltx-batch fetch {TEXT_ENCODER}` while the hub can be reached"
 )
+
+
+@contextmanager
+def _advised() -> Iterator[None]:
+    """Where a text encoder cannot be had, the error says what to set."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. {_TEXT_ADVICE}") from None
 
 
 def find_sources(
@@ -128,7 +151,8 @@ def find_sources(
             "no checkpoint is named; set model.checkpoint to demo, a folder, a file, a URI, a hub id or an official name"
         )
     files = checkpoint_files(checkpoint, options)
-    if pipeline_config is None and FILE_NAME in files:
+    own_config = pipeline_config is None
+    if own_config and FILE_NAME in files:
         pipeline_config = files[FILE_NAME].uri
     config = load_pipeline_config(pipeline_config, options=options)
     owned = {name.partition("/")[0] for name in files}
@@ -136,7 +160,7 @@ def find_sources(
         text_encoder = config.text_encoder_model_name_or_path or TEXT_ENCODER
     if upsampler is None and config.pipeline_type == "multi-scale" and not owned.issuperset(UPSAMPLER_FOLDERS):
         upsampler = config.spatial_upscaler_model_path
-    return Sources(checkpoint, text_encoder, upsampler), config
+    return Sources(checkpoint, text_encoder, upsampler, own_config), config
 
 
 def _hashes(files: Mapping[str, FileRef], options: Options) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from job_runs import check_output, make_job, read_records, write_manifest
+from job_runs import check_output, ledger_of, make_job, read_records, write_manifest
 from safetensors.torch import load_file
 from servers import S3Server
 
@@ -29,6 +29,7 @@ from ltx_batch.model.text_cache import TextCache
 from ltx_batch.model.text_key import TextIdentity
 from ltx_batch.model.text_source import TextSource
 from ltx_batch.model.turns import Turns
+from ltx_batch.pool import LocalPool
 from ltx_batch.renderer import LtxRenderer
 from ltx_batch.storage import Storage
 from tests.tiny_checkpoint import CAPTION_CHANNELS, write_tiny_checkpoint
@@ -402,6 +403,19 @@ def test_a_cache_that_cannot_be_written_stops_the_run(tiny: Path, tmp_path: Path
     assert summary.stopped is not None and summary.stopped.startswith(
         "prompts could not be encoded: NotADirectoryError"
     )
+
+
+def test_the_phase_alone_binds_no_later_run_to_its_machine(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = text_job(tiny, tmp_path, "precomputed")
+    told = encode(job)
+    assert told.text is not None and told.text["encoded"] == 3
+    assert ledger_of(job).read_run(told.run) is None
+    monkeypatch.setattr(LocalPool, "resolve_precision", lambda pool: "bf16")  # as on a machine with a GPU
+    assert run(job.model_copy(update={"text": "stage"})).ok == 4
+    described = ledger_of(job).read_run(told.run)
+    assert described is not None and described["precision"] == "bf16"
 
 
 def test_nothing_to_encode_is_said_before_anything_is_started(tiny: Path, tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from ltx_batch.model.pipeline_config import (
     PipelineConfig,
     load_pipeline_config,
     parse_pipeline_config,
-    pipeline_config_sha256,
 )
 from ltx_batch.model.presets import PRESETS
 
@@ -183,11 +182,6 @@ def test_a_preset_is_a_config_by_its_name(name: str) -> None:
     assert config.checkpoint_path is not None
     assert len(config.passes) == (1 if "0.9.8" not in name and "0.9.7" not in name else 2)
     assert config.resolve_precision() == ("fp8" if name.endswith("fp8") else "bf16")
-    assert len(pipeline_config_sha256(name)) == 64
-
-
-def test_presets_differ_and_so_do_their_hashes() -> None:
-    assert len({pipeline_config_sha256(name) for name in PRESETS}) == len(PRESETS)
 
 
 def test_the_values_that_tell_the_presets_apart() -> None:
