@@ -226,7 +226,8 @@ def report_product(bench: Bench, tokens: int, inputs: int, outputs: int, parts: 
         "bf16": lambda: nn.functional.linear(x, weight),
     }
     operations = 2 * tokens * inputs * outputs * parts
-    for kind, seconds in bench.medians_s(calls).items():
+    for kind, call in calls.items():
+        seconds = bench.kernel_s(call)
         label = f"{short(tokens)}_{inputs}x{outputs}{'x3' if parts == 3 else ''}"
         bench.report(f"product_{label}_{kind}", operations / seconds / 1e12, "TOPS", ms=round(1000 * seconds, 3))
 
@@ -250,9 +251,10 @@ def report_rows(bench: Bench, tokens: int, width: int, group: int) -> None:
         rotate = lambda: ops.norm_rotate(query, key, table[0], table[1], *tables, 1e-5)  # noqa: E731
         calls["norm_rotate"] = (rotate, 8 * x.numel() + 8 * tables[0].numel())
         calls["modulate"] = (lambda: ops.modulate_rows(x, table, lines, 0, 1e-6), 4 * x.numel())
-    for kind, seconds in bench.medians_s({kind: call for kind, (call, _) in calls.items()}).items():
+    for kind, (call, count) in calls.items():
+        seconds = bench.kernel_s(call)
         label = f"rows_{short(tokens)}_{width}_{kind}"
-        bench.report(label, calls[kind][1] / seconds / 1e9, "GB/s", ms=round(1000 * seconds, 3))
+        bench.report(label, count / seconds / 1e9, "GB/s", ms=round(1000 * seconds, 3))
 
 
 def short(tokens: int) -> str:

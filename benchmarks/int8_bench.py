@@ -96,6 +96,14 @@ class Bench:
                     times[name].append(time.perf_counter() - started_s)
         return {name: median(found) for name, found in times.items()}
 
+    def kernel_s(self, call: Callable[[], object]) -> float:
+        """Seconds of a kernel alone, without what the host takes to launch it."""
+        if self.device.type != "cuda":
+            return self.medians_s({"": call})[""]
+        from ltx_batch.model.quantize.kernels.tune import median_s
+
+        return median_s(call, self.device)
+
     def kernels_ms(self, call: Callable[[], object], *, most: int = 16) -> dict[str, float]:
         """Milliseconds of one call by kernel, the longest first; on a CPU by operation."""
         on_gpu = self.device.type == "cuda"

@@ -19,7 +19,9 @@ def pick_device(name: str) -> torch.device:
         raise JobError("device cuda is asked for, but torch finds no GPU here; use device: auto, or cpu")
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise JobError(f"unknown device {name!r}; what works: auto, cpu, cuda")
-    return torch.device(name)
+    device = torch.device(name)
+    # With its number, as torch 2.11 asks for in what it says of a GPU's memory.
+    return gpus(device)[0] if device.type == "cuda" else device
 
 
 def use_threads(count: int) -> None:
@@ -48,10 +50,11 @@ def free_bytes(device: torch.device) -> int | None:
     """
     if device.type != "cuda":
         return None
-    driver_free, total = torch.cuda.mem_get_info(device)
-    allocated = torch.cuda.memory_allocated(device)
-    kept = torch.cuda.memory_reserved(device) - allocated
-    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total) - allocated
+    gpu = gpus(device)[0]
+    driver_free, total = torch.cuda.mem_get_info(gpu)
+    allocated = torch.cuda.memory_allocated(gpu)
+    kept = torch.cuda.memory_reserved(gpu) - allocated
+    allowed = int(torch.cuda.get_per_process_memory_fraction(gpu) * total) - allocated
     return max(0, min(driver_free + kept, allowed))
 
 

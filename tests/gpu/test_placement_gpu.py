@@ -22,7 +22,7 @@ from tests.tiny_checkpoint import write_tiny_checkpoint
 
 pytestmark = pytest.mark.gpu
 
-CUDA = torch.device("cuda")
+CUDA = torch.device("cuda", 0)
 BLOCKS = 6
 CONFIG = """
 pipeline_type: multi-scale

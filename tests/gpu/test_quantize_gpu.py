@@ -82,6 +82,14 @@ def exact(rows: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
     return torch.cat([rows.double() @ weight.double().T for weight in weights], 1)
 
 
+def room_for_32_bits(tile: Any) -> bool:
+    """Tiles are chosen for numbers of 16 bits; on their way out, half a tile of them lies in shared memory."""
+    from ltx_batch.model.quantize.kernels.tune import limits
+
+    capability, limit_bytes = limits(GPU)
+    return bool(tile.shared_bytes(capability) + tile.rows * tile.columns <= limit_bytes)
+
+
 @pytest.mark.parametrize(("count", "columns", "channels"), [(333, 512, 256), (2688, 4096, 4096), (77, 96, 80)])
 def test_every_tile_sums_exactly(count: int, columns: int, channels: int) -> None:
     from ltx_batch.model.quantize.kernels.product import launch, tuner
@@ -92,7 +100,7 @@ def test_every_tile_sums_exactly(count: int, columns: int, channels: int) -> Non
         weights = list(ints(parts * columns, channels).split(columns))
         ones = [torch.ones(columns, device=GPU)] * parts
         for tile in tuner(described=CAPABILITY[0] == 9).fitting(*limits(GPU)):
-            if tile.described and channels % 16:
+            if tile.described and (channels % 16 or not room_for_32_bits(tile)):
                 continue
             out = torch.empty(count, parts * columns, device=GPU)
             launch(tile, rows, torch.ones(count, device=GPU), weights, ones, [], out, None, None)

@@ -1,12 +1,14 @@
 """The operations of the int8 path, for torch: plain torch on a CPU, Triton kernels on a GPU, opaque to the compiler.
 
 Opaque, since their kernels pick tiles by timing, which only a real call can do, and leave the compiler nothing to fuse.
-Triton is imported by the first call on a GPU.
+Where nothing is being compiled they are called straight: the dispatcher takes as long as a launch, and short sequences
+wait for launches. Triton is imported by the first call on a GPU.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -16,44 +18,51 @@ from torch.library import CustomOpDef, custom_op
 from ltx_batch.model.quantize import reference
 
 
-def _operation(reference: Callable[..., Any], kernels: str) -> CustomOpDef:
-    """`reference` as an operation of its name; the kernel is the function of that name in module `kernels`."""
+@cache
+def _kernel(module: str, name: str) -> Callable[..., Any]:
+    found: Callable[..., Any] = getattr(import_module(f"ltx_batch.model.quantize.kernels.{module}"), name)
+    return found
+
+
+def _operation(reference: Callable[..., Any], module: str) -> tuple[Callable[..., Any], CustomOpDef]:
+    """`reference`, or on a GPU the kernel of its name in `module`, and the same as an operation for the compiler."""
     name = reference.__name__
+    opaque = custom_op(f"ltx_batch::{name}", reference, mutates_args=(), device_types="cpu")
+    opaque.register_kernel("cuda")(lambda *args, **kwargs: _kernel(module, name)(*args, **kwargs))
 
-    def on_cuda(*args: Any, **kwargs: Any) -> Any:
-        module = import_module(f"ltx_batch.model.quantize.kernels.{kernels}")
-        return getattr(module, name)(*args, **kwargs)
+    def call(x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or type(x) is not torch.Tensor:  # traced, or without numbers
+            return opaque(x, *args, **kwargs)
+        return (_kernel(module, name) if x.is_cuda else reference)(x, *args, **kwargs)
 
-    made = custom_op(f"ltx_batch::{name}", reference, mutates_args=(), device_types="cpu")
-    made.register_kernel("cuda")(on_cuda)
-    return made
-
-
-quantize_rows = _operation(reference.quantize_rows, "rows")
-quantize_modulated = _operation(reference.quantize_modulated, "rows")
-modulate_rows = _operation(reference.modulate_rows, "rows")
-norm_rotate = _operation(reference.norm_rotate, "rotary")
-int8_product = _operation(reference.int8_product, "product")
+    return call, opaque
 
 
-@quantize_rows.register_fake
+quantize_rows, _quantize_rows = _operation(reference.quantize_rows, "rows")
+quantize_modulated, _quantize_modulated = _operation(reference.quantize_modulated, "rows")
+modulate_rows, _modulate_rows = _operation(reference.modulate_rows, "rows")
+norm_rotate, _norm_rotate = _operation(reference.norm_rotate, "rotary")
+int8_product, _int8_product = _operation(reference.int8_product, "product")
+
+
+@_quantize_rows.register_fake
 def _(x: torch.Tensor, group: int, gelu: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     return _quantized_like(x)
 
 
-@quantize_modulated.register_fake
+@_quantize_modulated.register_fake
 def _(
     x: torch.Tensor, table: torch.Tensor, temb: torch.Tensor, slot: int, eps: float, group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _quantized_like(x)
 
 
-@modulate_rows.register_fake
+@_modulate_rows.register_fake
 def _(x: torch.Tensor, table: torch.Tensor, temb: torch.Tensor, slot: int, eps: float) -> torch.Tensor:
     return x.new_empty(x.shape)
 
 
-@norm_rotate.register_fake
+@_norm_rotate.register_fake
 def _(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -66,7 +75,7 @@ def _(
     return query.new_empty(query.shape), key.new_empty(key.shape)
 
 
-@int8_product.register_fake
+@_int8_product.register_fake
 def _(
     rows: torch.Tensor,
     row_scales: torch.Tensor,

@@ -12,13 +12,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ltx_batch.model.quantize.kernels.tune import Tuner, bucket, multiprocessors, start
+from ltx_batch.model.quantize.kernels.start import start
+from ltx_batch.model.quantize.kernels.tune import Tuner, bucket, multiprocessors
 
 _GROUP = 8  # tiles above each other that are worked on together, so that their columns are read from the cache
 
@@ -263,16 +265,11 @@ TILES = (
     Tile(128, 256, 128, 8, 3),
     Tile(256, 128, 128, 8, 3),
     Tile(128, 256, 128, 8, 4),
-    Tile(128, 128, 128, 8, 3, described=1),
-    Tile(128, 128, 128, 4, 4, described=1),
     Tile(128, 256, 128, 8, 3, described=1),
     Tile(256, 128, 128, 8, 3, described=1),
     Tile(128, 256, 128, 8, 4, described=1),
     Tile(256, 128, 128, 8, 4, described=1),
-    Tile(128, 128, 128, 4, 2, described=2),
     Tile(128, 128, 128, 4, 3, described=2),
-    Tile(128, 128, 64, 4, 4, described=2),
-    Tile(128, 128, 64, 4, 5, described=2),
 )
 
 
@@ -330,28 +327,34 @@ def launch(
     grid = triton.cdiv(count, tile.rows) * triton.cdiv(columns, tile.columns) * parts
     numbers = (count, columns, channels, out.stride(0), count // len(lines), lines.stride(0))
     rest = (row_scales, *_three(scales), *_three(biases or scales), out if residual is None else residual, line, lines)
-    options = {
+    constants = {
         "parts": parts,
         "bias": bool(biases),
         "gate": 0 if gate is None else 1 if len(lines) == 1 else 2,
         "residual": residual is not None,
+        **({} if tile.described else {"even": channels % tile.depth == 0}),
         "group": _GROUP,
         "tile_rows": tile.rows,
         "tile_columns": tile.columns,
         "depth": tile.depth,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-        "enable_fp_fusion": False,  # rounded as on the CPU, and the same with every tile
-        "only_build": only_build,
     }
+    kernel, programs = product_kernel, grid
+    operands: tuple[Any, ...] = (rows, *_three(weights))
     if tile.described:
-        x = TensorDescriptor.from_tensor(rows, [tile.rows, tile.depth])
+        x = TensorDescriptor(rows, rows.shape, rows.stride(), [tile.rows, tile.depth])
         weight = TensorDescriptor(weights[0], [columns * parts, channels], [channels, 1], [tile.columns, tile.depth])
+        kernel, operands = described_kernel, (x, weight)
         programs = min(grid, tile.described * multiprocessors(rows.device))
-        start(described_kernel, programs, x, weight, *rest, out, *numbers, **options)
-    else:
-        even = channels % tile.depth == 0
-        start(product_kernel, grid, rows, *_three(weights), *rest, out, *numbers, even=even, **options)
+    start(
+        kernel,
+        programs,
+        (*operands, *rest, out, *numbers),
+        constants,
+        device=rows.device,
+        warps=tile.warps,
+        stages=tile.stages,
+        only_build=only_build,
+    )
 
 
 def adjacent(weights: Sequence[torch.Tensor]) -> bool:
@@ -363,5 +366,6 @@ def _three(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor,
     return tensors[0], tensors[min(1, len(tensors) - 1)], tensors[-1]
 
 
+@cache
 def _is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ltx_batch.model.quantize.kernels.start import start
+
 
 @triton.jit
 def _turn(
@@ -67,21 +69,13 @@ def norm_rotate(
     rows, channels = query.shape
     assert query.stride() == key.stride() and query.stride(1) == 1 and cos.is_contiguous() and sin.is_contiguous()
     outs = [torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(2)]
-    rotary_kernel[(rows,)](
-        query,
-        key,
-        query_weight,
-        key_weight,
-        cos,
-        sin,
-        *outs,
-        channels,
-        channels // 2,
-        query.stride(0),
-        len(cos),
-        eps,
-        pairs=triton.next_power_of_2(channels // 2),
-        num_warps=4 if channels < 4096 else 8,
-        enable_fp_fusion=False,  # rounded as on the CPU
+    numbers = (channels, channels // 2, query.stride(0), len(cos), eps)
+    start(
+        rotary_kernel,
+        rows,
+        (query, key, query_weight, key_weight, cos, sin, *outs, *numbers),
+        {"pairs": triton.next_power_of_2(channels // 2)},
+        device=query.device,
+        warps=4 if channels < 4096 else 8,
     )
     return outs[0], outs[1]

@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -27,6 +28,7 @@ from ltx_batch.model.quantize.kernels.store import read_choice, write_choice
 log = logging.getLogger(__name__)
 
 _WARM_UP, _REPEATS = 3, 10
+_AHEAD_CYCLES = 4_000_000  # some 2 ms
 _SAME = 1e-3  # relative; right candidates agree to the last bit, wrong ones in none
 
 
@@ -121,14 +123,6 @@ def build_all(candidates: Iterable[Choice], build: Callable[[Choice], object]) -
             build(one)
 
 
-def start(kernel: Any, programs: int, *args: Any, only_build: bool = False, **options: Any) -> None:
-    """Launch so many programs of a kernel, or only compile what that launch would take."""
-    if only_build:
-        kernel.warmup(*args, grid=(programs,), **options)
-    else:
-        kernel[(programs,)](*args, **options)
-
-
 def limits(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability, and bytes of shared memory that a program may have."""
     limit_bytes: int = driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
@@ -139,6 +133,7 @@ def median_s(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one call on the GPU."""
     for _ in range(_WARM_UP):
         run()
+    torch.cuda._sleep(_AHEAD_CYCLES)  # so that launches lie ready, and their making is not what is timed
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(_REPEATS + 1)]
     for mark in marks[:-1]:
         mark.record()
@@ -153,6 +148,7 @@ def bucket(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
+@cache
 def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
