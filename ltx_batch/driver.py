@@ -275,16 +275,25 @@ class _Run:
                 self._book(self.schedule.died(worker, cause, message))
                 self._restart(worker, message)
             case StartFailed(worker, message, permanent):
-                if permanent:
-                    raise RunStopped(f"no worker can start: {message}")
                 self.schedule.failed_start(worker)
-                self._restart(worker, message)
+                if permanent:
+                    self.schedule.retire(worker)
+                    began = self.tally.ready_s is not None
+                    self._go_on_without(worker, message, "no worker is left" if began else "no worker can start")
+                else:
+                    self._restart(worker, message)
 
     def _restart(self, worker: str, message: str) -> None:
         if self.schedule.may_restart(worker):
             self._pool().restart(worker)
-        elif self.schedule.stranded:
-            raise RunStopped(f"every worker died too often (attempts.max_worker_deaths); the last: {message}")
+        else:
+            self._go_on_without(worker, message, "every worker died too often (attempts.max_worker_deaths); the last")
+
+    def _go_on_without(self, worker: str, message: str, last: str) -> None:
+        """A slot is given up; the run ends with the last one."""
+        if self.schedule.stranded:
+            raise RunStopped(f"{last}: {message}")
+        print(f"{worker} is given up, the run goes on without it: {message}", file=sys.stderr)
 
     def _quarantine(self, worker: str) -> None:
         """A worker on which row after row raises, while others are well, gets a new process."""

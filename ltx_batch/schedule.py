@@ -238,6 +238,10 @@ class Schedule:
         slot.retired = slot.unexplained_deaths >= self.policy.max_worker_deaths
         return not slot.retired
 
+    def retire(self, worker: str) -> None:
+        """Close the slot for the run."""
+        self._slots.setdefault(worker, _Slot()).retired = True
+
     def withdraw(self) -> int:
         """Forget all that waits (the run is draining); returns how many tasks that were."""
         count = self.waiting
