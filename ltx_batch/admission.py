@@ -108,6 +108,12 @@ class Admission:
     def epoch(self) -> int:
         return self._epoch
 
+    @property
+    def fresh(self) -> bool:
+        """Nothing was ever rendered into this output."""
+        self._look_around()
+        return self._fresh
+
     def _look_around(self) -> None:
         """What other runs and earlier drivers left in this output."""
         if self._looked:  # what this run writes meanwhile is no earlier run's

@@ -45,9 +45,13 @@ class JobError(UsageError):
     pass
 
 
+JOB_FILE = "the job file"
+
+
 @dataclass(frozen=True, slots=True)
 class RowIssue:
-    """One broken rule in a manifest. `row` counts from 0 within `file`; `column` None means the row or the file."""
+    """One broken rule in a manifest. `row` counts from 0 within `file`; `column` None means the row or the file. With
+    JOB_FILE as `file` it is one of the job's own values, and `column` its key."""
 
     file: str
     row: int | None
@@ -63,8 +67,14 @@ class RowIssue:
         place = self.file if self.row is None else f"{self.file} row {self.row}"
         named = f" ({self.row_id})" if self.row_id is not None else ""
         column = f", {self.column}" if self.column else ""
-        value = f" = {self.value!r}" if self.column and self.row is not None else ""
+        shown = self.row is not None or self.value is not None
+        value = f" = {self.value!r}" if self.column and shown else ""
         return f"{place}{named}{column}{value}: {self.rule}"
+
+
+def job_issue(key: str, value: Any, rule: str) -> RowIssue:
+    """A value of the job's own that breaks a rule."""
+    return RowIssue(JOB_FILE, None, None, key, value, rule)
 
 
 class ManifestError(UsageError):
@@ -72,7 +82,8 @@ class ManifestError(UsageError):
 
     def __init__(self, issues: Sequence[RowIssue], *, shown: int = 50) -> None:
         self.issues = list(issues)
-        lines = [f"the manifest breaks {len(self.issues)} rule(s):", *(f"  {issue}" for issue in self.issues[:shown])]
+        what = "the job file" if all(issue.file == JOB_FILE for issue in self.issues) else "the manifest"
+        lines = [f"{what} breaks {len(self.issues)} rule(s):", *(f"  {issue}" for issue in self.issues[:shown])]
         if len(self.issues) > shown:
             lines.append(f"  ... and {len(self.issues) - shown} more; `ltx-batch validate JOB --json` lists them all")
         if all(issue.row is not None for issue in self.issues):
@@ -109,7 +120,13 @@ class EmbeddingMissing(RowError):
 
 
 class InvalidRow(RowError):
+    """`columns` are those of the manifest that the rule is about, the one to change first."""
+
     retryable = False
+
+    def __init__(self, message: str = "", *, columns: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.columns = tuple(columns)
 
 
 class EncodeError(RowError):

@@ -16,6 +16,7 @@ from ltx_batch.yaml_file import parse_yaml
 
 Precision = Literal["auto", "fp32", "bf16", "int8", "int8-weight", "bnb-int8", "fp8"]
 Placement = Literal["auto", "resident", "offload", "sharded"]
+_SCHEDULES = (("timesteps", "num_inference_steps"), ("num_inference_steps", "timesteps"))
 
 
 class _Section(BaseModel):
@@ -97,6 +98,16 @@ class RowDefaults(_Section):
     image_cond_noise_scale: float | None = None
     decode_timestep: float | None = None
     decode_noise_scale: float | None = None
+
+    def fill(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """What holds for a row: its own values by column, and these for the others. Of `timesteps` and
+        `num_inference_steps` the row's one takes the place of the other here."""
+        own = {name: row[name] for name in RowDefaults.model_fields if row.get(name) is not None}
+        values = {**dict(self), **own}
+        for name, other in _SCHEDULES:
+            if name in own and other not in own:
+                values[other] = None
+        return values
 
 
 class VideoSpec(_Section):

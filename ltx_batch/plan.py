@@ -7,22 +7,33 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
 from ltx_batch.admission import Admission
 from ltx_batch.errors import CheckpointError, InvalidRow
 from ltx_batch.job import JobSpec
 from ltx_batch.ledger import Ledger
-from ltx_batch.manifest import Manifest, resolve_rows
-from ltx_batch.model.forecast import Forecast, forecast, room_of, work_of_request
+from ltx_batch.manifest import COLUMNS, Manifest
+from ltx_batch.manifest.cells import Cells
+from ltx_batch.manifest.plans import PlanLookup
+from ltx_batch.manifest.rules import check
+from ltx_batch.model.forecast import Forecast, forecast, room_of
 from ltx_batch.model.memory import Work
-from ltx_batch.model.plan import Plan
+from ltx_batch.model.plan import Doubt, Plan
 from ltx_batch.recipe import job_precision, make_recipe, run_id, with_precision
 from ltx_batch.renderer import job_planner, job_sizes
 from ltx_batch.request import RenderRequest
 from ltx_batch.tally import Tally
 from ltx_batch.worker import open_output
 
+MAX_SHAPES = 2000  # that are told; rows of further ones are counted together
 _MEASURED_SHARDS = 32  # of each earlier run: enough for an average, few enough to read
+_CHUNK_ROWS = 16_384
+_FILES = ("conditioning_media_paths", "input_media_path", "loras")
 Size = tuple[int, int, int]  # height, width, num_frames
+_OTHER: Size = (0, 0, 0)  # stands for all sizes that are not told
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +85,8 @@ class Estimate:
 class JobPlan:
     """`new` rows would be rendered, `done` have their clip, `failed` wait for `retry`, `invalid` break the contract.
 
-    `done` and `failed` are None where keys cannot be made, which `note` explains.
+    `done` and `failed` are None where keys cannot be made, which `note` explains. `other_rows` are of more sizes than
+    `shapes` tells.
     """
 
     new: int
@@ -83,6 +95,7 @@ class JobPlan:
     invalid: int
     shapes: tuple[Shape, ...]
     estimate: Estimate
+    other_rows: int = 0
     note: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -95,17 +108,19 @@ def make_plan(job: JobSpec) -> JobPlan:
     """Raises JobError or ManifestError where nothing could be planned."""
     manifest = Manifest.open(job.manifest, options=job.storage.options)
     ledger = Ledger(open_output(job))
-    shapes, works, invalid = _shapes(job, manifest)
-    found = _compare(job, manifest, ledger)
-    known = found.new is not None
+    lookup = PlanLookup(_planner(job), job.defaults)
+    survey = _survey(job, manifest, lookup)
+    found = _compare(job, manifest, ledger, survey, lookup)
+    known, invalid = found.new is not None, survey.invalid + found.unusable
     new = found.new or Counter()
     return JobPlan(
         new=sum(new.values()) if known else manifest.rows - invalid,
         done=found.done if known else None,
         failed=found.failed if known else None,
         invalid=invalid,
-        shapes=tuple(_with_memory(job, works, _with_new(shapes, new if known else None))),
+        shapes=tuple(_with_memory(job, survey, _with_new(survey.rows, new if known else None))),
         estimate=_estimate(job, ledger, found.recipe, new) if known else Estimate(note=found.note),
+        other_rows=survey.other_rows,
         note=found.note,
     )
 
@@ -113,31 +128,84 @@ def make_plan(job: JobSpec) -> JobPlan:
 # shapes
 
 
-def _shapes(job: JobSpec, manifest: Manifest) -> tuple[Counter[Kind], dict[Kind, Work], int]:
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """A plan and what it is told as."""
+
+    plan: Plan
+    kind: Kind
+
+    @property
+    def doubts(self) -> tuple[Doubt, ...]:
+        return self.plan.doubts
+
+
+@dataclass(slots=True)
+class _Survey:
     """Rows by size and passes, the most work of each kind, and how many rows break a rule."""
-    planner = job_planner(job.model, job.storage.options)
-    counts: Counter[Kind] = Counter()
-    works: dict[Kind, Work] = {}
-    invalid = 0
-    for shard in manifest.shards(job.shard_rows):
-        for row in resolve_rows(manifest.read(shard), manifest=manifest, shard=shard, defaults=job.defaults):
-            try:
-                plan = _plan(row.request, planner)
-            except InvalidRow:
-                invalid += 1
-                continue
-            assert row.request is not None
-            kind = _size(row.request), _passes(plan)
-            counts[kind] += 1
-            work = work_of_request(row.request, plan, job.batch_size)
-            works[kind] = _larger(works.get(kind, work), work)
-    return counts, works, invalid
+
+    rows: Counter[Kind] = field(default_factory=Counter)
+    works: dict[Kind, Work] = field(default_factory=dict)
+    other: Counter[Size] = field(default_factory=Counter)
+    invalid: int = 0
+
+    @property
+    def other_rows(self) -> int:
+        return self.other[_OTHER]
+
+    @property
+    def sizes(self) -> Counter[Size]:
+        """Rows by size, and those of other sizes under `_OTHER`."""
+        found = Counter(self.other)
+        for (size, _), rows in self.rows.items():
+            found[size] += rows
+        return found
+
+    def add(self, planned: _Planned, rows: int, work: Work) -> None:
+        if planned.kind not in self.rows and len(self.rows) >= MAX_SHAPES:
+            self.other[_OTHER] += rows
+            return
+        self.rows[planned.kind] += rows
+        self.works[planned.kind] = _larger(self.works.get(planned.kind, work), work)
 
 
-def _plan(request: RenderRequest | None, planner: Callable[[RenderRequest], Plan]) -> Plan:
-    if request is None:
-        raise InvalidRow("the row breaks a rule of the manifest")
-    return planner(request)
+def _planner(job: JobSpec) -> Callable[[RenderRequest], _Planned]:
+    plan_of = job_planner(job.model, job.storage.options)
+
+    def planner(request: RenderRequest) -> _Planned:
+        plan = plan_of(request)
+        return _Planned(plan, (_size(request), _passes(plan)))
+
+    return planner
+
+
+def _survey(job: JobSpec, manifest: Manifest, lookup: PlanLookup) -> _Survey:
+    survey = _Survey()
+    for shard in manifest.shards(_CHUNK_ROWS):
+        cells, faults = check(manifest.read(shard, columns=tuple(COLUMNS)), job.defaults)
+        sound = np.ones(cells.rows, bool)
+        sound[[fault.row for fault in faults]] = False
+        given = _given(cells, "conditioning_media_paths")
+        for kind in lookup.kinds(cells):
+            if isinstance(kind.plan, InvalidRow):
+                sound[kind.rows] = False
+            elif len(rows := kind.rows[sound[kind.rows]]):
+                work = _work(kind.plan.plan, job.batch_size, bool(given[rows].any()), "input_media_path" in kind.own)
+                survey.add(kind.plan, len(rows), work)
+        survey.invalid += int(np.count_nonzero(~sound))
+    return survey
+
+
+def _given(cells: Cells, name: str) -> NDArray[np.bool_]:
+    """Rows whose list is not empty."""
+    lengths = pc.fill_null(pc.list_value_length(cells.array(name)), 0)
+    return np.asarray(lengths.to_numpy(zero_copy_only=False)) > 0
+
+
+def _work(plan: Plan, rows: int, conditioned: bool, has_input: bool) -> Work:
+    """As far as it is known before media are looked at: a condition is taken to be a picture."""
+    frames = plan.target.padded_frames if has_input else int(conditioned)
+    return Work(plan, rows, frames, conditioned=conditioned)
 
 
 def _passes(plan: Plan) -> tuple[Pass, ...]:
@@ -152,7 +220,7 @@ def _larger(one: Work, other: Work) -> Work:
     return replace(one, encoded_frames=frames, conditioned=one.conditioned or other.conditioned)
 
 
-def _with_memory(job: JobSpec, works: Mapping[Kind, Work], shapes: Iterator[Shape]) -> Iterator[Shape]:
+def _with_memory(job: JobSpec, survey: _Survey, shapes: Iterator[Shape]) -> Iterator[Shape]:
     """What each shape takes of a GPU, where one is asked for and the checkpoint is on this machine."""
     model = job.model
     sizes = job_sizes(model, job.storage.options)
@@ -161,12 +229,11 @@ def _with_memory(job: JobSpec, works: Mapping[Kind, Work], shapes: Iterator[Shap
         return
     room = room_of(model.device_memory_gib, max(1, int(job.worker.num_gpus or 1)))
     for shape in shapes:
-        work = works[(shape.height, shape.width, shape.num_frames), shape.passes]
+        work = survey.works[(shape.height, shape.width, shape.num_frames), shape.passes]
         yield replace(shape, memory=forecast(sizes, work, room, model.placement))
 
 
-def _size(request: RenderRequest | None) -> Size:
-    assert request is not None
+def _size(request: RenderRequest) -> Size:
     return request.height, request.width, request.num_frames
 
 
@@ -184,16 +251,18 @@ def _with_new(shapes: Counter[Kind], new: Counter[Size] | None) -> Iterator[Shap
 
 @dataclass(slots=True)
 class _Comparison:
-    """`new` counts rows by size; None where it cannot be told, for the reason in `note`."""
+    """`new` counts rows by size; None where it cannot be told, for the reason in `note`. `unusable` rows name files that
+    cannot be read."""
 
     new: Counter[Size] | None = None
     done: int = 0
     failed: int = 0
+    unusable: int = 0
     recipe: Mapping[str, Any] = field(default_factory=dict)
     note: str | None = None
 
 
-def _compare(job: JobSpec, manifest: Manifest, ledger: Ledger) -> _Comparison:
+def _compare(job: JobSpec, manifest: Manifest, ledger: Ledger, survey: _Survey, lookup: PlanLookup) -> _Comparison:
     """Which rows the ledger knows: by this run's finished shards, then by key."""
     try:
         recipe = make_recipe(job)
@@ -206,16 +275,24 @@ def _compare(job: JobSpec, manifest: Manifest, ledger: Ledger) -> _Comparison:
     tally = Tally(run, manifest.rows)
     admission = Admission(job, ledger, manifest, run, check_media=False)
     admission.count_finished(list(manifest.shards(job.shard_rows)), tally, retry=False)
-    found = _Comparison(Counter(), tally.ok, tally.failed, recipe)
-    assert found.new is not None
+    if admission.fresh and not _names_files(manifest):
+        return _Comparison(survey.sizes, recipe=recipe)
+    found, sizes, new = _Comparison(done=tally.ok, failed=tally.failed, recipe=recipe), survey.sizes, Counter[Size]()
     for upcoming in admission.prepare(with_precision(recipe, precision), {}):
         prepared = upcoming.result()
+        found.unusable += sum(record.error_class != "InvalidRow" for _, record in prepared.settled)
         for _, key, request, _ in prepared.wanted:
             if key in prepared.known:
                 found.done += 1
-            else:
-                found.new[_size(request)] += 1
+            elif lookup.can_plan(request):
+                new[size if (size := _size(request)) in sizes else _OTHER] += 1
+    found.new = new
     return found
+
+
+def _names_files(manifest: Manifest) -> bool:
+    """Whether rows may name media or LoRA files, which may be missing."""
+    return any(name in manifest.header(file) for file in range(len(manifest.files)) for name in _FILES)
 
 
 def _precision(job: JobSpec, ledger: Ledger, run: str, recipe: Mapping[str, Any]) -> str | None:
@@ -251,7 +328,8 @@ def _estimate(job: JobSpec, ledger: Ledger, recipe: Mapping[str, Any], new: Coun
     unknown = [size for size in new if size not in measured]
     if unknown:
         height, width, num_frames = max(unknown)
-        return Estimate(note=f"no row of {height}x{width}, {num_frames} frames was rendered in this output yet")
+        what = "the further sizes" if height == 0 else f"{width}x{height}, {num_frames} frames"
+        return Estimate(note=f"no row of {what} was rendered in this output yet")
     known = [(count / measured[size].rows, measured[size]) for size, count in new.items()]
     gpu_hours = sum(share * one.gpu_s for share, one in known) / 3600
     return Estimate(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 
 _SHOWN = 5
+_SHOWN_SHAPES = 40
 
 
 def print_plan(found: JobPlan) -> None:
@@ -27,6 +28,8 @@ def print_plan(found: JobPlan) -> None:
     console.print(_estimated(found.estimate))
     for note in {found.note, found.estimate.note} - {None}:
         console.print(f"note: {note}", markup=False)
+    if found.other_rows:
+        console.print(f"note: {found.other_rows} rows are of more sizes than are told", markup=False)
     if found.invalid:
         console.print(f"note: {found.invalid} rows break rules; `ltx-batch validate` names them", markup=False)
 
@@ -38,11 +41,13 @@ def _rows(found: JobPlan) -> str:
 
 
 def _shapes(shapes: tuple[Shape, ...]) -> Table:
-    table = Table("size", "frames", "rows", "new", "passes (tokens x calls)")
-    for shape in shapes:
+    table = Table("width x height", "frames", "rows", "new", "passes (tokens x calls)")
+    for shape in shapes[:_SHOWN_SHAPES]:
         passes = ", ".join(f"{one.width}x{one.height}: {one.tokens} x {one.calls}" for one in shape.passes)
         new = "?" if shape.new is None else str(shape.new)
         table.add_row(f"{shape.width}x{shape.height}", str(shape.num_frames), str(shape.rows), new, passes)
+    if len(shapes) > _SHOWN_SHAPES:
+        table.add_row(f"... {len(shapes) - _SHOWN_SHAPES} more; --json has them")
     return table
 
 

@@ -15,7 +15,6 @@ import pyarrow as pa
 from ltx_batch.errors import RowIssue
 from ltx_batch.job import RowDefaults
 from ltx_batch.manifest.cells import Cells, Fault
-from ltx_batch.manifest.columns import COLUMNS
 from ltx_batch.manifest.loras import NAME, loras_of
 from ltx_batch.manifest.read import Manifest, Shard
 from ltx_batch.manifest.rules import check
@@ -23,7 +22,6 @@ from ltx_batch.request import Condition, LoraRef, RenderRequest
 from ltx_batch.storage import join_uri
 
 _MAX_VALUE_CHARS = 200  # of a value in an issue: a prompt may be a page long
-_DEFAULTED = tuple(name for name in RowDefaults.model_fields if name in COLUMNS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +104,7 @@ def request_of(
 ) -> RenderRequest:
     """The request of a row that breaks no rule; `values` by column, relative paths from `folder`, `loras` for a row without
     its own."""
-    fields = {name: values.get(name, getattr(defaults, name)) for name in _DEFAULTED}
+    fields = defaults.fill(values)
     if "seed" not in values and "row_id" in values:
         fields["seed"] = seed_of(values["row_id"])
     if fields["timesteps"] is not None:

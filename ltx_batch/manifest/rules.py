@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ltx_batch.errors import JobError
+from ltx_batch.errors import RowIssue, job_issue
 from ltx_batch.job import RowDefaults
 from ltx_batch.manifest.cells import Cells, Fault, Mask
 from ltx_batch.manifest.columns import COLUMNS, UNREADABLE
@@ -24,6 +24,7 @@ def check(table: pa.Table, defaults: RowDefaults) -> tuple[Cells, list[Fault]]:
     _check_texts(cells)
     _check_numbers(cells)
     _check_timesteps(cells)
+    _check_schedule(cells)
     _check_conditions(cells, defaults)
     check_loras(cells)
     unreadable = _unreadable(table)
@@ -37,14 +38,12 @@ def in_order(faults: list[Fault]) -> list[Fault]:
     return sorted(faults, key=lambda fault: (fault.row, _ORDER.get(fault.column or "", -1)))
 
 
-def check_defaults(defaults: RowDefaults) -> None:
-    """Hold the job's own values against the rules of a row; raises JobError with every fault."""
+def check_defaults(defaults: RowDefaults) -> list[RowIssue]:
+    """The rules of a row that the job's own values break."""
     values = {name: value for name, value in defaults.model_dump().items() if name in COLUMNS}
     row = {name: pa.array([value], COLUMNS[name].type) for name, value in values.items()}
     _, faults = check(pa.table({**row, "prompt": ["any"]}), defaults)
-    if faults:
-        lines = [f"  defaults.{fault.column} = {values.get(fault.column or '')!r}: {fault.rule}" for fault in faults]
-        raise JobError("\n".join([f"the job file breaks {len(faults)} rule(s) of a row:", *lines]))
+    return [job_issue(f"defaults.{fault.column}", values.get(fault.column or ""), fault.rule) for fault in faults]
 
 
 def _unreadable(table: pa.Table) -> list[Fault]:
@@ -88,6 +87,11 @@ def _check_timesteps(cells: Cells) -> None:
     rising = np.zeros(len(values), bool)
     rising[1:] = (parents[1:] == parents[:-1]) & (values[1:] >= values[:-1])
     cells.flag_entries("timesteps", rising, "must fall from entry to entry")
+
+
+def _check_schedule(cells: Cells) -> None:
+    both = cells.present("timesteps") & cells.present("num_inference_steps")
+    cells.flag("num_inference_steps", both, "must be left out beside timesteps, which are the steps")
 
 
 def _check_conditions(cells: Cells, defaults: RowDefaults) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -11,14 +12,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ltx_batch.errors import ManifestError, RowIssue
+from ltx_batch.errors import ManifestError, RowIssue, job_issue
 from ltx_batch.job import JobSpec
 from ltx_batch.lora import Shapes
 from ltx_batch.manifest.cells import Cells
 from ltx_batch.manifest.columns import COLUMNS, near_misses
 from ltx_batch.manifest.loras import LoraLookup, check_files, job_loras
 from ltx_batch.manifest.media import MediaLookup
-from ltx_batch.manifest.plans import PlanLookup, Planner
+from ltx_batch.manifest.plans import PlanLookup, Planner, Told
 from ltx_batch.manifest.read import Manifest, Shard
 from ltx_batch.manifest.rows import folder_of, issues_of
 from ltx_batch.manifest.rules import check, check_defaults, in_order
@@ -74,14 +75,16 @@ def validate(
     `tokenizer` is a tokenizer.json or a spiece.model; None leaves unchecked whether prompts can be read whole. `layers`
     gives the transformer's linear layers, and is asked where there are LoRA files; None leaves unchecked whether they fit.
     `planner` answers a request with its plan, or raises InvalidRow; without it no row is held against the pipeline config.
-    Raises JobError where the job's own defaults break a rule, CheckpointError for a tokenizer or a LoRA file of the job
-    that cannot be used.
+    A value of the job that breaks a rule is told once, with JOB_FILE for a file. Raises CheckpointError for a tokenizer or
+    a LoRA file of the job that cannot be used.
     """
-    check_defaults(job.defaults)
     loras = LoraLookup(job.storage.options, layers)
     check_files(job_loras(job), loras)
     found = Validation(manifest.rows)
-    plans = PlanLookup(planner, job.defaults)
+    of_defaults = check_defaults(job.defaults)
+    found.add_errors(of_defaults, len(of_defaults))
+    plans = PlanLookup(None if of_defaults else planner, job.defaults)
+    of_job = JobTold(job)
     media, tokens, ids = MediaLookup(job.storage.options), TokenCounter(tokenizer), RowIds(manifest)
     unseeded = 0
     for shard, table in _chunks(manifest, _COLUMNS):
@@ -90,12 +93,15 @@ def validate(
         folder = folder_of(file)
         missing = media.missing(cells, folder) + loras.faults(cells, folder)
         stills = media.stills(cells, folder, job.defaults.num_frames)
-        faults = in_order(broken + missing + stills + plans.faults(cells))
+        told = of_job.sift(plans.told(cells))
+        planned = [fault for one in told if one.is_error for fault in one.faults()]
+        faults = in_order(broken + missing + stills + planned)
         found.add_errors(issues_of(table, cells, faults, file=file, offset=shard.offset), len(faults))
-        doubts = tokens.doubts(cells)
+        doubts = in_order(tokens.doubts(cells) + [fault for one in told if not one.is_error for fault in one.faults()])
         found.add_warnings(issues_of(table, cells, doubts, file=file, offset=shard.offset), len(doubts))
         unseeded += int(np.count_nonzero(cells.present("prompt") & ~cells.present("seed") & ~cells.present("row_id")))
         ids.add(cells)
+    of_job.add_to(found)
     repeated = ids.repeated()
     found.errors += repeated
     found.error_count += len(repeated)
@@ -104,6 +110,35 @@ def validate(
         about_all.append(RowIssue(manifest.uri, None, None, "prompt", None, tokens.note))
     found.add_warnings(about_all, len(about_all))
     return found
+
+
+class JobTold:
+    """What many rows break by one value of the job: told once, with how many rows it is."""
+
+    def __init__(self, job: JobSpec) -> None:
+        self._job = job
+        self._rows: Counter[tuple[str, str, bool]] = Counter()
+
+    def sift(self, told: Iterable[Told]) -> list[Told]:
+        """Those that are the rows' own; the others are counted."""
+        own = []
+        for one in told:
+            if one.own:
+                own.append(one)
+            else:
+                self._rows[one.column or "", one.rule, one.is_error] += len(one.rows)
+        return own
+
+    def add_to(self, found: Validation) -> None:
+        for (column, rule, is_error), rows in self._rows.items():
+            add = found.add_errors if is_error else found.add_warnings
+            add([job_issue(*self._value(column), f"{rule} ({rows} rows)")], 1)
+
+    def _value(self, column: str) -> tuple[str, Any]:
+        """The key that holds for rows without a value in the column, and its value."""
+        default = getattr(self._job.defaults, column, None)
+        config = ("model.pipeline_config", self._job.model.pipeline_config)
+        return config if default is None else (f"defaults.{column}", default)
 
 
 class RowIds:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from ltx_batch.model import cards
 from ltx_batch.model.memory import CONTEXT_BYTES, GIB, ModelSizes, Work
 from ltx_batch.model.placement import Room, decide, needs
-from ltx_batch.model.plan import Plan
-from ltx_batch.request import RenderRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +37,3 @@ def room_of(memory_gib: float | None, num_gpus: int) -> Room | None:
     free = cards.free_bytes() if memory_gib is None else (int(memory_gib * GIB),) * num_gpus
     first, *others = (max(0, one - CONTEXT_BYTES) for one in free[:num_gpus]) if free else (None,)
     return None if first is None else Room(first, tuple(others))
-
-
-def work_of_request(request: RenderRequest, plan: Plan, rows: int) -> Work:
-    """As far as it is known before media are looked at: a condition is taken to be a picture."""
-    frames = plan.target.padded_frames if request.input_media is not None else 1 if request.conditions else 0
-    return Work(plan, rows, frames, conditioned=bool(request.conditions))

@@ -50,7 +50,8 @@ def take_condition(frames: NDArray[np.uint8], start_frame: int, num_frames: int)
     if count > 1 and start_frame % TEMPORAL:
         raise InvalidRow(
             f"a conditioning video must start at a multiple of {TEMPORAL}, found frame {start_frame}; "
-            "a picture may start at any frame"
+            "a picture may start at any frame",
+            columns=("conditioning_start_frames",),
         )
     return frames[:count]
 

@@ -92,10 +92,22 @@ class PassConfig(BaseModel):
         }
 
     def _entry(self, table: tuple[_Entry, ...], sigma: float) -> _Entry:
-        """pipeline_ltx_video.py, guidance_mapping; in float32, as there: 0.985 of a schedule must meet 0.985 of a table."""
-        starts = self.guidance_timesteps or ()
-        level = np.float32(sigma)
-        return table[next((i for i, start in enumerate(starts) if np.float32(start) <= level), len(starts) - 1)]
+        return table[self.entry_at(sigma)]
+
+    def entry_at(self, sigma: float) -> int:
+        """Which entry of the tables holds at `sigma`, 0 without tables.
+
+        pipeline_ltx_video.py, guidance_mapping; in float32, as there: 0.985 of a schedule must meet 0.985 of a table.
+        """
+        level = float(np.float32(sigma))
+        return next(
+            (i for i, start in enumerate(self.guidance_levels) if start <= level), len(self.guidance_levels) - 1
+        )
+
+    @cached_property
+    def guidance_levels(self) -> tuple[float, ...]:
+        """`guidance_timesteps` as float32 holds them."""
+        return tuple(float(np.float32(start)) for start in self.guidance_timesteps or (1.0,))
 
 
 class PipelineConfig(PassConfig):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -110,6 +112,14 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
+class Doubt:
+    """What can be rendered and is hardly meant so. `columns` as of InvalidRow."""
+
+    columns: tuple[str, ...]
+    rule: str
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """What a request will do. The clip is decoded at the last pass's size, brought to the target's padded size and cropped."""
 
@@ -120,6 +130,7 @@ class Plan:
     decode_timestep: float
     decode_noise_scale: float
     tone_map_compression_ratio: float = 0.0
+    doubts: tuple[Doubt, ...] = ()
 
     @property
     def needs_negative(self) -> bool:
@@ -163,6 +174,7 @@ def plan_request(request: RenderRequest, config: PipelineConfig, scheduler: Sche
         decode_timestep=decode_timestep,
         decode_noise_scale=_or(request.decode_noise_scale, default_noise),
         tone_map_compression_ratio=config.passes[-1].tone_map_compression_ratio,
+        doubts=tuple(_doubts(request, passes[0])),
     )
 
 
@@ -178,8 +190,9 @@ def _pass_sizes(target: Target, config: PipelineConfig) -> list[tuple[int, int]]
     if 0 in low:
         least = math.ceil(SPATIAL / config.downscale_factor)
         raise InvalidRow(
-            f"{target.height}x{target.width} is too small for a multi-scale pipeline: its first pass runs at "
-            f"{config.downscale_factor:.3g} of the size; take at least {pad_size(least)}x{pad_size(least)}"
+            f"{target.width}x{target.height} is too small for a multi-scale pipeline: its first pass runs at "
+            f"{config.downscale_factor:.3g} of the size; take at least {pad_size(least)}x{pad_size(least)}",
+            columns=("height", "width") if low[0] == 0 else ("width",),
         )
     return [(low[0], low[1]), (2 * low[0], 2 * low[1])]
 
@@ -201,20 +214,32 @@ def _plan_pass(
         width=size[1],
         num_frames=num_frames,
         sigmas=sigmas,
-        guidance=tuple(_guidance(request, one, sigma) for sigma in sigmas),
+        guidance=_guidances(request.guidance_scale, request.stg_scale, one, sigmas),
         stg_mode=config.stg_mode,
         stochastic_sampling=config.stochastic_sampling,
     )
 
 
-def _guidance(request: RenderRequest, one: PassConfig, sigma: float) -> Guidance:
-    stg_scale = _or(request.stg_scale, one.scale_at(one.stg_scale, sigma))
+@lru_cache(maxsize=256)  # rows differ in size more often than in these
+def _guidances(
+    guidance_scale: float | None, stg_scale: float | None, one: PassConfig, sigmas: tuple[float, ...]
+) -> tuple[Guidance, ...]:
+    """One for each step; steps at one entry of the tables share it."""
+    entries = [one.entry_at(sigma) for sigma in sigmas]
+    distinct = dict(zip(entries, sigmas, strict=True))
+    made = {entry: _guidance(guidance_scale, stg_scale, one, sigma) for entry, sigma in distinct.items()}
+    return tuple(made[entry] for entry in entries)
+
+
+def _guidance(guidance_scale: float | None, stg_scale: float | None, one: PassConfig, sigma: float) -> Guidance:
+    stg_scale = _or(stg_scale, one.scale_at(one.stg_scale, sigma))
     if stg_scale > 0 and one.skip_block_list is None:
         raise InvalidRow(
-            f"stg_scale {stg_scale:g} needs skip_block_list in the pipeline config: which blocks to perturb"
+            "stg_scale above 0 needs skip_block_list in the pipeline config: which blocks to perturb",
+            columns=("stg_scale",),
         )
     return Guidance(
-        guidance_scale=_or(request.guidance_scale, one.scale_at(one.guidance_scale, sigma)),
+        guidance_scale=_or(guidance_scale, one.scale_at(one.guidance_scale, sigma)),
         stg_scale=stg_scale,
         rescaling_scale=one.scale_at(one.rescaling_scale, sigma),
         cfg_star_rescale=one.cfg_star_rescale,
@@ -225,24 +250,36 @@ def _guidance(request: RenderRequest, one: PassConfig, sigma: float) -> Guidance
 def check_request(request: RenderRequest) -> None:
     """Raises InvalidRow with the first broken rule."""
     if not request.prompt.strip():
-        raise InvalidRow("prompt is empty")
+        raise InvalidRow("prompt is empty", columns=("prompt",))
     for name in ("height", "width", "num_frames", "frame_rate"):
         if getattr(request, name) <= 0:
-            raise InvalidRow(f"{name} must be above 0, found {getattr(request, name)}")
+            raise InvalidRow(f"{name} must be above 0, found {getattr(request, name)}", columns=(name,))
     if request.timesteps is not None:
         try:
             check_sigmas(request.timesteps)
         except ValueError as error:
-            raise InvalidRow(str(error)) from None
+            raise InvalidRow(str(error), columns=("timesteps",)) from None
+        if request.num_inference_steps is not None:
+            raise InvalidRow(
+                "num_inference_steps and timesteps exclude each other: the timesteps are the steps",
+                columns=("num_inference_steps", "timesteps"),
+            )
     if request.num_inference_steps is not None and request.num_inference_steps < 1:
-        raise InvalidRow(f"num_inference_steps must be at least 1, found {request.num_inference_steps}")
+        raise InvalidRow(
+            f"num_inference_steps must be at least 1, found {request.num_inference_steps}",
+            columns=("num_inference_steps",),
+        )
     for condition in request.conditions:
         if not 0 <= condition.start_frame < request.num_frames:
             raise InvalidRow(
-                f"a condition starts at frame {condition.start_frame}; the clip has frames 0 to {request.num_frames - 1}"
+                f"a condition starts at frame {condition.start_frame}; the clip has frames 0 to {request.num_frames - 1}",
+                columns=("conditioning_start_frames",),
             )
         if not 0 <= condition.strength <= 1:
-            raise InvalidRow(f"a condition's strength must be in 0..1, found {condition.strength}")
+            raise InvalidRow(
+                f"a condition's strength must be in 0..1, found {condition.strength}",
+                columns=("conditioning_strengths",),
+            )
 
 
 def _sigmas(
@@ -257,31 +294,36 @@ def _sigmas(
     if request.timesteps is not None:
         if multi_scale:
             raise InvalidRow(
-                "timesteps of a row cannot serve both passes of a multi-scale pipeline: set them in its config"
+                "timesteps of a row cannot serve both passes of a multi-scale pipeline: set them in its config",
+                columns=("timesteps",),
             )
-        return _allowed(request.timesteps, scheduler)
+        return _allowed(request.timesteps, scheduler, "timesteps")
     if one.timesteps is not None and (request.num_inference_steps is None or multi_scale):
         if request.num_inference_steps is not None:
             raise InvalidRow(
-                "num_inference_steps of a row cannot replace the timesteps of a multi-scale pipeline's passes"
+                "num_inference_steps of a row cannot replace the timesteps of a multi-scale pipeline's passes",
+                columns=("num_inference_steps",),
             )
-        return _allowed(one.timesteps, scheduler)
+        return _allowed(one.timesteps, scheduler, "timesteps")
     steps = request.num_inference_steps or one.num_inference_steps
     first, last = one.skip_initial_inference_steps, one.skip_final_inference_steps
     if first + last >= steps:
         raise InvalidRow(
-            f"num_inference_steps {steps}: {first} at the start and {last} at the end are skipped, so none is left"
+            f"num_inference_steps {steps}: {first} at the start and {last} at the end are skipped, so none is left",
+            columns=("num_inference_steps",),
         )
-    return _allowed(make_sigmas(config.sampler, steps, tokens, scheduler)[first : steps - last], scheduler)
+    sigmas = make_sigmas(config.sampler, steps, tokens, scheduler)[first : steps - last]
+    return _allowed(sigmas, scheduler, "num_inference_steps")
 
 
-def _allowed(sigmas: tuple[float, ...], scheduler: SchedulerConfig) -> tuple[float, ...]:
-    """Compared to four digits, as the official pipeline does, whose configs give no more."""
+def _allowed(sigmas: tuple[float, ...], scheduler: SchedulerConfig, column: str) -> tuple[float, ...]:
+    """`column` is where they come from. Compared to four digits, as the official pipeline does, whose configs give no more."""
     allowed = scheduler.allowed_inference_steps
     foreign = [] if allowed is None else [s for s in sigmas if round(float(np.float32(s)), 4) not in allowed]
     if foreign:
         raise InvalidRow(
-            f"this checkpoint was distilled for the timesteps {', '.join(f'{s:g}' for s in allowed or ())} alone, found {foreign[0]:g}"
+            f"this checkpoint was distilled for the timesteps {', '.join(f'{s:g}' for s in allowed or ())} alone, found {foreign[0]:g}",
+            columns=(column,),
         )
     return sigmas
 
@@ -291,10 +333,23 @@ def _check_start(request: RenderRequest, first: PassPlan, config: PassConfig) ->
     if request.input_media is not None and first.sigmas[0] >= 1:
         raise InvalidRow(
             "input_media would be drowned in noise: the first timestep is 1. Begin lower, with "
-            "skip_initial_inference_steps or timesteps"
+            "skip_initial_inference_steps or timesteps",
+            columns=("input_media_path",),
         )
     if request.input_media is None and config.skip_initial_inference_steps and first.sigmas[0] < 1:
-        raise InvalidRow("skip_initial_inference_steps needs input_media (video to video) to begin from")
+        raise InvalidRow(
+            "skip_initial_inference_steps needs input_media (video to video) to begin from",
+            columns=("input_media_path",),
+        )
+
+
+def _doubts(request: RenderRequest, first: PassPlan) -> Iterator[Doubt]:
+    if request.input_media is None and first.sigmas[0] < 1:
+        yield Doubt(
+            ("timesteps",),
+            f"the first timestep is {first.sigmas[0]:g} and there is no input_media: pure noise is taken for a clip that is "
+            "partly clean already; begin at 1",
+        )
 
 
 def _or(value: float | None, default: float) -> float:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import lru_cache
 
 import numpy as np
 
@@ -51,10 +52,17 @@ def make_sigmas(sampler: str, num_inference_steps: int, tokens: int, scheduler: 
     (0.9.5 on) linear-quadratic ones.
     """
     if sampler != "from_checkpoint":
-        return tuple(_SAMPLERS[sampler](num_inference_steps))
+        return _made(sampler, num_inference_steps, None, None)
     named = scheduler.sampler or ("uniform" if scheduler.use_dynamic_shifting else "linear-quadratic")
-    sigmas = _shift(_SAMPLERS[named](num_inference_steps), _factor(tokens, scheduler))
-    return tuple(_stretch(sigmas, scheduler.shift_terminal) if scheduler.shift_terminal else sigmas)
+    return _made(named, num_inference_steps, _factor(tokens, scheduler), scheduler.shift_terminal)
+
+
+@lru_cache(maxsize=1024)
+def _made(sampler: str, num_inference_steps: int, factor: float | None, terminal: float | None) -> tuple[float, ...]:
+    sigmas = _SAMPLERS[sampler](num_inference_steps)
+    if factor is not None:
+        sigmas = _shift(sigmas, factor)
+    return tuple(_stretch(sigmas, terminal) if terminal else sigmas)
 
 
 def uniform(num_steps: int) -> list[float]:

@@ -13,6 +13,8 @@ from ltx_batch.cli import main
 from ltx_batch.driver import run
 from ltx_batch.job import JobSpec, parse_job
 from ltx_batch.plan import make_plan
+from ltx_batch.renderer import job_planner
+from ltx_batch.request import RenderRequest
 
 
 def make_job(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> JobSpec:
@@ -51,7 +53,7 @@ def test_shapes_and_passes(tmp_path: Path) -> None:
     assert data["shapes"][1]["passes"] == ({"height": 32, "width": 64, "tokens": 4, **made},)
     assert data["shapes"][2]["passes"][0]["timesteps"] == (1.0, 0.5)
     assert data["estimate"]["gpu_hours"] is None
-    assert "70x96, 20 frames" in data["estimate"]["note"]
+    assert "96x70, 20 frames" in data["estimate"]["note"]
     assert not (tmp_path / "out").exists(), "planning writes nothing"
 
 
@@ -106,6 +108,46 @@ def test_auto_precision_is_known_once_a_run_resolved_it(tmp_path: Path) -> None:
     run(make_job(tmp_path, rows))
     assert make_plan(job).done == 1, "where a row is rendered is not in its run's name"
     assert make_plan(make_job(tmp_path, [*rows, {"prompt": "two"}], model=auto)).done == 1
+
+
+def test_rows_that_cannot_be_rendered_are_not_new(tmp_path: Path) -> None:
+    model = {"renderer": "fake", "device": "cpu", "pipeline_config": "ltxv-13b-0.9.8-dev"}
+    (tmp_path / "there.png").write_bytes(b"picture")
+    rows: list[dict[str, Any]] = [
+        {"prompt": "one"},
+        {"prompt": "no schedule for two passes", "timesteps": [1.0, 0.5]},
+        {"prompt": "missing", "conditioning_media_paths": ["gone.png"], "conditioning_start_frames": [0]},
+        {"prompt": "there", "conditioning_media_paths": ["there.png"], "conditioning_start_frames": [0]},
+        {"prompt": "small", "width": 32},
+        {"prompt": ""},
+    ]
+    sizes = {"height": 256, "width": 256, "num_frames": 9}
+    fresh = make_plan(make_job(tmp_path, rows, model=model, defaults=sizes))
+    assert (fresh.new, fresh.done, fresh.failed, fresh.invalid) == (2, 0, 0, 4)
+    run(make_job(tmp_path, rows[:1], model=model, defaults=sizes))
+    later = make_plan(make_job(tmp_path, rows, model=model, defaults=sizes))
+    assert (later.new, later.done, later.failed, later.invalid) == (1, 1, 0, 4)
+
+
+def test_rows_are_planned_once_for_each_of_their_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[RenderRequest] = []
+    plan_of = job_planner(JobSpec(manifest="m", output="o").model)
+    monkeypatch.setattr("ltx_batch.plan.job_planner", lambda *_: lambda one: planned.append(one) or plan_of(one))
+    rows = [{"prompt": f"{n}", "height": 64 + 32 * (n % 3), "guidance_scale": 1 + n / 10} for n in range(90)]
+    found = make_plan(make_job(tmp_path, rows))
+    assert found.new == 90 and len(planned) == 4, "three heights, and of one of them a row without guidance"
+    assert sorted(shape.rows for shape in found.shapes) == [1, 29, 30, 30]
+
+
+def test_sizes_beyond_a_limit_are_counted_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ltx_batch.plan.MAX_SHAPES", 2)
+    rows = [{"prompt": f"{n}", "height": 32 * (1 + n % 4)} for n in range(8)]
+    found = make_plan(make_job(tmp_path, rows))
+    assert (found.new, len(found.shapes), found.other_rows) == (8, 2, 4)
+    assert [(shape.rows, shape.new) for shape in found.shapes] == [(2, 2), (2, 2)]
+    run(make_job(tmp_path, rows[3:4]))
+    later = make_plan(make_job(tmp_path, rows))
+    assert (later.new, later.done, later.other_rows) == (7, 1, 4)
 
 
 def test_table_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

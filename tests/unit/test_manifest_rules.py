@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from manifest_files import DEFAULTS, FORMATS, resolve, write
 
-from ltx_batch.errors import JobError, ManifestError
+from ltx_batch.errors import ManifestError
 from ltx_batch.job import JobSpec, RowDefaults
 from ltx_batch.manifest import Manifest, seed_of, validate
 from ltx_batch.manifest.columns import nearest_column
@@ -315,15 +315,14 @@ def test_a_seed_comes_from_the_row_then_its_id_then_the_job(tmp_path: Path) -> N
 
 
 def test_defaults_are_held_against_the_same_rules() -> None:
-    check_defaults(RowDefaults())
-    with pytest.raises(JobError) as caught:
-        check_defaults(RowDefaults(height=33, num_frames=2000, timesteps=(0.5, 1.0)))
-    lines = str(caught.value).splitlines()
-    assert lines == [
-        "the job file breaks 3 rule(s) of a row:",
-        f"  defaults.height = 33: {EVEN}",
-        "  defaults.num_frames = 2000: must be 1 to 1025",
-        "  defaults.timesteps = (0.5, 1.0): must fall from entry to entry",
+    assert check_defaults(RowDefaults()) == []
+    found = check_defaults(RowDefaults(height=33, num_frames=2000, timesteps=(0.5, 1.0), num_inference_steps=2))
+    assert str(ManifestError(found)).splitlines() == [
+        "the job file breaks 4 rule(s):",
+        f"  the job file, defaults.height = 33: {EVEN}",
+        "  the job file, defaults.num_frames = 2000: must be 1 to 1025",
+        "  the job file, defaults.num_inference_steps = 2: must be left out beside timesteps, which are the steps",
+        "  the job file, defaults.timesteps = (0.5, 1.0): must fall from entry to entry",
     ]
 
 

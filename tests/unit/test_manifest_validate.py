@@ -18,7 +18,7 @@ from tokenizers.normalizers import NFKC
 from tokenizers.pre_tokenizers import Split, WhitespaceSplit
 from tokenizers.processors import TemplateProcessing
 
-from ltx_batch.errors import CheckpointError, JobError, MediaError
+from ltx_batch.errors import CheckpointError, MediaError
 from ltx_batch.job import JobSpec, RowDefaults
 from ltx_batch.manifest import Manifest, Validation, hash_media, validate, validation
 from ltx_batch.manifest.media import MediaLookup
@@ -189,9 +189,15 @@ def test_columns_that_look_like_one_of_ours_are_a_warning(tmp_path: Path, kind: 
     ]
 
 
-def test_the_jobs_defaults_are_checked_first(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=r"defaults\.width = 31"):
-        check(write(tmp_path, [{"prompt": "a"}], "csv"), defaults=RowDefaults(width=31))
+def test_the_jobs_defaults_are_told_once_and_with_all_the_rest(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"prompt": "a"}, {"prompt": "b"}, {"prompt": None}], "csv")
+    found = check(path, defaults=RowDefaults(width=31))
+    assert [(issue.file, issue.row, issue.column, issue.value) for issue in found.errors] == [
+        ("the job file", None, "defaults.width", 31),
+        ("the job file", None, "defaults.width", 31),
+        (str(path), 2, "prompt", None),
+    ]
+    assert [issue.rule[:10] for issue in found.errors[:2]] == ["must be 32", "must be ev"]
 
 
 def test_issues_beyond_the_cap_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

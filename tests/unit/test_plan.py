@@ -76,7 +76,14 @@ def test_a_request_wins_over_the_config_also_with_zero() -> None:
 
 def test_steps_of_a_request_replace_timesteps_of_the_config() -> None:
     assert plan({"timesteps": [1.0, 0.5]}, num_inference_steps=7).passes[0].calls == 7
-    assert plan({"timesteps": [1.0, 0.5]}, num_inference_steps=7, timesteps=(0.9,)).passes[0].sigmas == (0.9,)
+
+
+def test_a_clip_that_begins_from_noise_should_begin_at_1() -> None:
+    for found in (plan(timesteps=(0.9, 0.5)), plan({"timesteps": [0.9, 0.5]})):
+        (doubt,) = found.doubts
+        assert doubt.columns == ("timesteps",) and doubt.rule.startswith("the first timestep is 0.9 and there is no")
+    assert plan(timesteps=(0.9, 0.5), input_media=Condition("a.mp4")).doubts == ()
+    assert plan(timesteps=(1.0, 0.5)).doubts == () == plan().doubts
 
 
 def test_decode_noise_follows_the_decode_timestep_where_the_config_says_null() -> None:
@@ -97,7 +104,8 @@ def test_tables_are_looked_up_at_each_sigma() -> None:
         ({"timesteps": (1000.0, 500.0)}, "divide by 1000"),
         ({"timesteps": ()}, "must not be empty"),
         ({"num_inference_steps": 0}, "num_inference_steps must be at least 1"),
-        ({"stg_scale": 1.0}, "stg_scale 1 needs skip_block_list"),
+        ({"stg_scale": 1.0}, "stg_scale above 0 needs skip_block_list"),
+        ({"timesteps": (1.0, 0.5), "num_inference_steps": 2}, "num_inference_steps and timesteps exclude each other"),
         ({"input_media": Condition("a.mp4")}, "input_media would be drowned in noise: the first timestep is 1"),
         ({"prompt": "  "}, "prompt is empty"),
         ({"height": 0}, "height must be above 0"),
@@ -159,7 +167,7 @@ def test_scalars_of_a_row_replace_the_tables_of_both_passes() -> None:
             {"num_inference_steps": 12},
             "num_inference_steps 12: 17 at the start and 0 at the end are skipped",
         ),
-        ("ltxv-13b-0.9.8-dev", {"height": 32}, "32x1216 is too small for a multi-scale pipeline.*at least 64x64"),
+        ("ltxv-13b-0.9.8-dev", {"height": 32}, "1216x32 is too small for a multi-scale pipeline.*at least 64x64"),
         ("ltxv-13b-0.9.8-dev", {"input_media": Condition("a.mp4")}, "input_media would be drowned in noise"),
     ],
 )
@@ -181,3 +189,10 @@ def test_a_distilled_checkpoint_takes_no_other_timesteps() -> None:
     assert plan_request(REQUEST, config, allowed).passes[0].calls == 3
     with pytest.raises(InvalidRow, match=r"timesteps 1, 0\.9937, 0\.725 alone, found 0\.5"):
         plan_request(replace(REQUEST, timesteps=(1.0, 0.5)), config, allowed)
+
+
+def test_steps_at_one_entry_of_a_table_share_their_guidance() -> None:
+    config = {"num_inference_steps": 30, "guidance_scale": [1, 6], "guidance_timesteps": [1.0, 0.95]}
+    steps = plan(config).passes[0]
+    assert len(steps.guidance) == 30 and len(set(map(id, steps.guidance))) == 2
+    assert all(one.guidance_scale == (1 if s == 1 else 6) for one, s in zip(steps.guidance, steps.sigmas, strict=True))
