@@ -42,11 +42,7 @@ from ltx_batch.record import RenderRecord  # noqa: E402
 from ltx_batch.worker import open_output  # noqa: E402
 
 PRESET = "ltxv-13b-0.9.8-distilled"
-NOT_STAGES = (
-    "fetch",
-    "render",
-    "encode",
-)  # `render` is the stages together; the others run beside another row's render
+STAGES = ("lora", "text", "condition", "denoise", "upsample", "decode")  # of a render; the rest runs beside another's
 SHARE_BOUND = ">= 0.90"
 _POLL_S = 0.05
 
