@@ -99,18 +99,35 @@ def _weight_files(folder: Path) -> list[Path]:
     for name in _WEIGHTS:
         index = folder / f"{name}.index.json"
         if index.is_file():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+            shards = _shards(index)
             absent = [shard for shard in shards if not (folder / shard).is_file()]
             if absent or not shards:
                 raise CheckpointError(f"{folder} lacks {', '.join(absent) or 'shards'}, which {index.name} names")
             return [folder / shard for shard in shards]
         if (folder / name).is_file():
             return [folder / name]
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(file for file in folder.glob("*.safetensors") if _is_hashed(file.name))
     if len(found) != 1:
         what = "no *.safetensors" if not found else f"several *.safetensors and none called {' or '.join(_WEIGHTS)}"
         raise CheckpointError(f"{folder} has {what}; it holds {held(folder)}. Pickled weights (.bin) are not read")
     return found
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that the index names. Raises CheckpointError for a name that no recipe would have the hash of."""
+    entries = read_json(index).get("weight_map", {})
+    for tensor, shard in entries.items() if isinstance(entries, dict) else [("weight_map", None)]:
+        if not isinstance(shard, str) or not _is_hashed(shard):
+            raise CheckpointError(
+                f"{index}: {tensor} is said to lie in {shard!r}; a shard must be a .safetensors file beside the index, whose name "
+                "has no / or \\ in it and begins with neither . nor _"
+            )
+    return sorted(set(entries.values()))
+
+
+def _is_hashed(name: str) -> bool:
+    """Whether a folder's listing, by which files get into a recipe, has a file of weights by this name."""
+    return not any(mark in name for mark in "/\\") and name.endswith(".safetensors") and not name.startswith((".", "_"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -105,6 +105,29 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    "shard",
+    ["more/part.safetensors", "../part.safetensors", "{}/part.safetensors", ".part.safetensors", "_part.safetensors"],
+)
+def test_an_index_names_only_files_that_are_hashed(folder: Path, shard: str) -> None:
+    """Whatever else it names would be read and change pictures under the same keys."""
+    vae = folder / "vae"
+    shard = shard.format(folder)
+    (vae / shard).parent.mkdir(exist_ok=True)
+    weights = (vae / WEIGHTS).rename(vae / shard)
+    names = load_file(weights)
+    index = vae / f"{WEIGHTS}.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, shard)}))
+    with pytest.raises(CheckpointError) as refused:
+        load_checkpoint(folder, torch.float32)
+    for part in (str(index), repr(shard), next(iter(names)), "beside the index"):
+        assert part in str(refused.value)
+    weights.rename(vae / "part.safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "part.safetensors")}))
+    load_checkpoint(folder, torch.float32)
+    assert "vae/part.safetensors" in checkpoint_fingerprint(str(folder))["files"]
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_spoilt_folder_says_what_is_wrong(folder: Path, fault: str) -> None:
     spoil, message = FAULTS[fault]
