@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from ltx_batch.errors import JobError
 from ltx_batch.request import DEFAULT_NEGATIVE_PROMPT, DEFAULT_SEED, MAX_WEIGHT, parse_lora
@@ -162,13 +162,20 @@ class StorageSpec(_Section):
     )
 
 
+def _check_workers(value: Any) -> Any:
+    """One fault in place of one for each kind of value."""
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 0):
+        return value
+    raise ValueError("must be auto, or a whole number: 0 for this process alone, more for so many Ray actors")
+
+
 class JobSpec(_Section):
     """One job file. `load_job` reads it; unknown keys are errors that name the nearest right key."""
 
     manifest: str = Field(description="file, folder or glob at any fsspec URI: Parquet, CSV or JSONL")
     output: str = Field(description="output prefix: a local folder or any fsspec URI")
     model: ModelSpec = Field(default_factory=ModelSpec)
-    workers: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+    workers: Annotated[int | Literal["auto"], BeforeValidator(_check_workers)] = Field(
         "auto", description="0: in this process; a number or auto: Ray actors"
     )
     worker: WorkerSpec = Field(default_factory=WorkerSpec)
@@ -244,12 +251,14 @@ def _set(data: dict[str, Any], override: str) -> None:
 
 def _describe(fault: Any) -> str:
     where = ".".join(str(part) for part in fault["loc"])
-    if fault["type"] != "extra_forbidden":
-        return (
-            f"{where}: {fault['msg']} (found {fault['input']!r})" if fault["type"] != "missing" else f"{where}: missing"
-        )
-    near = _nearest(fault["loc"])
-    return f"{where}: unknown key" + (f"; did you mean {near}?" if near else "")
+    if fault["type"] == "missing":
+        means = JobSpec.model_fields[where].description if where in JobSpec.model_fields else None
+        return f"{where}: missing" + (f"; {means}" if means else "")
+    if fault["type"] == "extra_forbidden":
+        near = _nearest(fault["loc"])
+        return f"{where}: unknown key; " + (f"did you mean {near}?" if near else "jobs/nightly.yaml has every key")
+    said = fault["msg"].removeprefix("Value error, ").replace("a valid tuple", "a list")
+    return f"{where}: {said} (found {fault['input']!r})"
 
 
 def _nearest(loc: tuple[int | str, ...]) -> str | None:

@@ -104,7 +104,10 @@ class RayJobs:
             if job.status == "STOPPED":
                 return _STOPPED
             if time.monotonic() > deadline_s or job.error_type not in (None, "JOB_ENTRYPOINT_COMMAND_ERROR"):
-                raise RunStopped(f"the job {key} ended without an exit code: {job.message}")
+                raise RunStopped(
+                    f"the job {key} ended without an exit code ({job.message}); `ray job logs --address {self.address} "
+                    f"{key}` has its log, and the same command starts it again where it stopped"
+                )
             time.sleep(0.5)
 
 
@@ -154,4 +157,6 @@ def _explained(address: str) -> Iterator[None]:
             "cluster try `ssh -L 8265:localhost:8265 HEAD` or `kubectl port-forward`, and --address http://localhost:8265"
         ) from None
     except (RuntimeError, ValueError) as error:
-        raise JobError(f"{address} did not take the job: {error}") from None
+        raise JobError(
+            f"{address} did not take the job, so nothing was started; mend this and give the same command again: {error}"
+        ) from None

@@ -42,7 +42,10 @@ def submit(job: JobSpec, arguments: Sequence[str], job_file: str, address: str, 
         print(f"\n{cluster.how_to_go_on(key)}", file=sys.stderr)
         raise
     if as_json:
-        print(log.json_line() or json.dumps({"error": f"the job {key} printed no result; its exit code is {code}"}))
+        print(
+            log.json_line()
+            or json.dumps({"error": f"the job {key} printed no result, its log says why; its exit code is {code}"})
+        )
     return code
 
 
