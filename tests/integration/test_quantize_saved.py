@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import LTXVideoTransformer3DModel
+from diffusers.quantizers.bitsandbytes.bnb_quantizer import BnB8BitDiffusersQuantizer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -119,6 +121,41 @@ def test_files_are_small_and_say_what_they_are(tmp_path: Path, tiny: Path) -> No
 
 
 # other programs' files, and mistakes
+
+
+@pytest.fixture
+def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """diffusers refuses to load bitsandbytes' layers where there is no GPU, though they work on a CPU."""
+    monkeypatch.setattr(BnB8BitDiffusersQuantizer, "validate_environment", lambda *args, **options: None)
+
+
+def loaded_by_diffusers(place: Path) -> Any:
+    return LTXVideoTransformer3DModel.from_pretrained(
+        place / "transformer", torch_dtype=torch.float32, device_map={"": "cpu"}
+    ).eval()
+
+
+@pytest.mark.usefixtures("without_a_gpu")
+@pytest.mark.parametrize("bent", [{}, {"keep_blocks": 1, "skip": ("ff.net.2",)}, {"threshold": 6.0}])
+def test_diffusers_reads_what_is_written_for_bitsandbytes(tmp_path: Path, tiny: Path, bent: dict[str, Any]) -> None:
+    ours = quantised(tiny, "bnb-int8", **bent)
+    theirs = loaded_by_diffusers(saved(tiny, tmp_path / "q", "bnb-int8", **bent))
+    kinds = [{name: type(layer) for name, layer in model.named_modules()} for model in (ours, theirs)]
+    assert kinds[0] == kinds[1]
+    assert torch.equal(call(theirs), call(ours))
+
+
+@pytest.mark.usefixtures("without_a_gpu")
+def test_what_diffusers_writes_for_bitsandbytes_is_read(tmp_path: Path, tiny: Path) -> None:
+    theirs = loaded_by_diffusers(saved(tiny, tmp_path / "q", "bnb-int8", skip=("attn2",)))
+    again = tmp_path / "again"
+    shutil.copytree(tiny, again, ignore=shutil.ignore_patterns("transformer"))
+    theirs.save_pretrained(again / "transformer")
+    loaded = load_checkpoint(again, torch.float32)
+    assert loaded.stored is not None and loaded.stored.name == "bnb-int8"
+    apply_policy(loaded.transformer, loaded.vae, precision("bnb-int8", "cpu"), CPU, stored=loaded.stored)
+    assert sum(map(is_quantized, loaded.transformer.modules())) == 3 * 6
+    assert torch.equal(call(loaded.transformer), call(theirs))
 
 
 def test_checkpoints_of_bitsandbytes_are_read(tmp_path: Path, tiny: Path) -> None:

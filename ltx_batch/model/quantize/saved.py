@@ -54,7 +54,7 @@ def save_model(
 ) -> None:
     """Write config.json and weights of a quantised model to `folder`; `source` is {file: sha256} of what it was made from.
 
-    bitsandbytes' layers are written under its own names, which diffusers reads too.
+    bitsandbytes' layers are written as diffusers does, which reads them too.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -62,7 +62,23 @@ def save_model(
         if bnb.is_quantized(layer):
             tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in bnb.saved(layer).items()}
     write_tensors(tensors, folder / WEIGHTS, Stored.of(policy, source).metadata())
+    if policy.quantize == "bnb-int8":
+        config = {**config, "quantization_config": _for_diffusers(model, policy)}
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
+
+
+def _for_diffusers(model: nn.Module, policy: Precision) -> dict[str, Any]:
+    """What its loader must know: without it, it would take the codes for weights. All other linear layers are named, since
+    it takes every linear layer for one of bitsandbytes'."""
+    plain = [
+        name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and not bnb.is_quantized(layer)
+    ]
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_8bit": True,
+        "llm_int8_threshold": policy.threshold,
+        "llm_int8_skip_modules": plain,
+    }
 
 
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
