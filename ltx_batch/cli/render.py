@@ -71,8 +71,12 @@ def render(
         list[str] | None, typer.Option(metavar="FILE[:WEIGHT]", help="LoRA file and how much of it. Repeatable.")
     ] = None,
     checkpoint: Annotated[
-        str, typer.Option(help="demo, an official name, a folder, an official file, a URI or a hub id.")
-    ] = "demo",
+        str | None,
+        typer.Option(
+            help="demo, an official name, a folder, an official file, a URI or a hub id. Default: the pipeline config's, "
+            "demo where none is named."
+        ),
+    ] = None,
     text_encoder: Annotated[str | None, typer.Option(help="For a checkpoint without one: folder, URI, hub id.")] = None,
     upsampler: Annotated[str | None, typer.Option(help="Spatial upscaler, for multi-scale pipelines.")] = None,
     pipeline_config: Annotated[str | None, typer.Option(help="A preset's name, or an official YAML.")] = None,
@@ -83,6 +87,7 @@ def render(
     as_json: AsJson = False,
 ) -> int:
     """Render one clip."""
+    checkpoint = checkpoint or _checkpoint_of(pipeline_config)
     conditions = read_conditions(
         image or (),
         {
@@ -125,6 +130,18 @@ def render(
         frames, rows, columns, _ = clip.frames.shape
         print(f"{output}: {columns}x{rows}, {frames} frames at {clip.frame_rate:g} Hz, in {duration(seconds)}")
     return 0
+
+
+def _checkpoint_of(pipeline_config: str | None) -> str:
+    """What a config names; empty where it names none, or cannot be read: both are told where a planner is looked for."""
+    from ltx_batch.model.pipeline_config import load_pipeline_config
+
+    if pipeline_config is None:
+        return "demo"
+    try:
+        return load_pipeline_config(pipeline_config).checkpoint_path or ""
+    except JobError:
+        return ""
 
 
 def _checked(row: Mapping[str, Any], conditions: Conditions, output: Path, named: Mapping[str, Any]) -> RenderRequest:

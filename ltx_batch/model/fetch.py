@@ -8,7 +8,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,8 @@ def local_checkpoint(
     """The checkpoint's folder or file on this machine; what lies elsewhere is downloaded once. Raises CheckpointError."""
     place = locate(checkpoint)
     if isinstance(place, HubPlace):
-        return download(place.repo, place.revision, file=place.file, folders=folders)
+        with _advised(place):
+            return download(place.repo, place.revision, file=place.file, folders=folders)
     return Path(place) if is_local_uri(place) else _download(place, options, folders)
 
 
@@ -119,7 +121,8 @@ def _hub_files(place: HubPlace, folders: tuple[str, ...]) -> dict[str, FileRef]:
     try:
         repo = HubRepo.look_up(place.repo, place.revision)
     except CheckpointError as error:
-        return _cached_files(place, folders, error)
+        with _advised(place):
+            return _cached_files(place, folders, error)
     found = {file.name: repo.ref(file.name) for file in hub_files(repo, place, folders)}
     return {SINGLE_FILE: found[place.file]} if place.file else found
 
@@ -134,6 +137,17 @@ def hub_files(repo: HubRepo, place: HubPlace, folders: tuple[str, ...] = COMPONE
         missing = place.file or ", ".join(f"{folder}/" for folder in folders)
         raise CheckpointError(f"{place.repo} at {repo.commit} holds none of {missing}")
     return found + [file for file in repo.files.values() if file.name == FILE_NAME and place.file is None]
+
+
+@contextmanager
+def _advised(place: HubPlace) -> Iterator[None]:
+    """Where official weights cannot be had, the error says what brings them."""
+    try:
+        yield
+    except CheckpointError as error:
+        official = find_official(place.file or "")
+        advice = f". `ltx-batch fetch {official.name}` brings it while the hub can be reached" if official else ""
+        raise CheckpointError(f"{error}{advice}") from None
 
 
 def _counts(name: str) -> bool:

@@ -148,7 +148,7 @@ def find_sources(
         checkpoint = load_pipeline_config(pipeline_config, options=options).checkpoint_path or ""
     if not checkpoint:
         raise CheckpointError(
-            "no checkpoint is named; set model.checkpoint to demo, a folder, a file, a URI, a hub id or an official name"
+            "no checkpoint is named; set model.checkpoint (`render`: --checkpoint) to demo, a folder, a file, a URI, a hub id or an official name"
         )
     files = checkpoint_files(checkpoint, options)
     own_config = pipeline_config is None

@@ -55,6 +55,39 @@ def test_clip_begins_with_an_image(checkpoint: Path, tmp_path: Path, capsys: pyt
     assert begun["frames_sha256"] != plain["frames_sha256"]
 
 
+def test_a_pipeline_config_brings_its_checkpoint(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the demo's, whose picture would be taken for that of the config."""
+    config = tmp_path / "named.yaml"
+    config.write_text(f"checkpoint_path: {checkpoint}\ntimesteps: [1.0, 0.5]\n")
+    words = [
+        "render",
+        "a",
+        "-o",
+        str(tmp_path / "a.png"),
+        "--height",
+        "64",
+        "--width",
+        "64",
+        "--device",
+        "cpu",
+        "--json",
+    ]
+    named = ["--pipeline-config", str(config)]
+    found = []
+    for more in (named, [*named, "--checkpoint", str(checkpoint)], [*named, "--checkpoint", "demo"]):
+        assert main([*words, *more]) == 0
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["frames_sha256"])
+    assert found[0] == found[1] != found[2]
+    config.write_text("timesteps: [1.0, 0.5]\n")
+    assert main([*words, *named]) == 2
+    assert "no checkpoint is named" in capsys.readouterr().err
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert main([*words, "--pipeline-config", "ltxv-2b-0.9.8-distilled"]) == 2
+    assert "`ltx-batch fetch ltxv-2b-0.9.8-distilled`" in capsys.readouterr().err
+
+
 def test_words_for_people(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--height", "64", "--width", "64", "--num-inference-steps", "1", "--checkpoint", str(checkpoint)]
     output = tmp_path / "frame.png"
