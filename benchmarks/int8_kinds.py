@@ -88,6 +88,7 @@ class Bench:
     device: torch.device
     kinds: Sequence[Kind]
     checkpoints: Mapping[str, Path]
+    folder: Path  # for what is thrown away at the end
     clips: int
     workers: int
     results: Results

@@ -74,9 +74,16 @@ class Judge:
     cases: Sequence[Case]
     crew: Executor
     lpips: Lpips
+    texts: Path  # embeddings, the same for all
 
     def judge(self, folder: Path, kind: Kind, reference: Clips | None = None) -> Judged:
-        renderer = load_renderer(str(folder), precision=kind.precision, device=self.device.type, **kind.bent)
+        renderer = load_renderer(
+            str(folder),
+            precision=kind.precision,
+            device=self.device.type,
+            text_cache=str(self.texts),
+            **kind.bent,
+        )
         made, waiting, distances = [], [], []
         with attention(kind):
             for start, clips in in_groups(render_cases(renderer, self.cases), AT_ONCE):
@@ -96,7 +103,9 @@ def clips(bench: Bench) -> None:
     floor = Kind("floor", reference.precision, other_attention=True)
     # One kernel for all, torch's own choice: timing would choose now this and now that for passes as short as these.
     with open_crew(bench.workers) as crew, patch.object(Kernel, "choose"):
-        judge = Judge(bench.device, held_out_cases(bench.clips), crew, Lpips(device=bench.device))
+        judge = Judge(
+            bench.device, held_out_cases(bench.clips), crew, Lpips(device=bench.device), bench.folder / "texts"
+        )
         known = {name: judge.judge(folder, reference) for name, folder in bench.checkpoints.items()}
         same = (known["demo"].frames == known["twin"].frames).all(axis=(1, 2, 3, 4))
         bench.results.add("twin_reference_same_clips", float(same.mean()), clips=bench.clips)
@@ -107,11 +116,9 @@ def clips(bench: Bench) -> None:
         def measure(checkpoint: str, kind: Kind) -> None:
             judged = judge.judge(bench.checkpoints[checkpoint], kind, known[checkpoint].frames)
             tell(bench.results, f"{checkpoint}_{kind.name}", judged, known[checkpoint])
+            compare(bench.results, checkpoint)
 
         bench.each((floor, *bench.kinds), measure)
-    for checkpoint in bench.checkpoints:
-        compare(bench.results, checkpoint)
-    bench.results.write()
 
 
 def attention(kind: Kind) -> AbstractContextManager[Any]:
@@ -192,7 +199,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         checkpoints = {"demo": Path(resolve_checkpoint("demo")), "twin": write_twin(Path(folder, "twin"))}
         workers = cores if options.workers is None else options.workers
-        bench = Bench(device, kinds, checkpoints, options.clips, workers, results)
+        bench = Bench(device, kinds, checkpoints, Path(folder), options.clips, workers, results)
         with first_launches(device):
             for what in options.only or measures:
                 measures[what](bench)
