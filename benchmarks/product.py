@@ -1,6 +1,6 @@
 """The product's sentence, run: one job through Ray, two actors, 13B in int8, an actor killed midway, every row ok.
 
-    python benchmarks/product.py [--rows 32] [--workers 2] [--scratch FOLDER]
+    python benchmarks/product.py [--rows 32] [--workers 2] [--hadamard-group 64] [--keep-blocks N] [--scratch FOLDER]
     python benchmarks/product.py --tiny           # the same with a tiny model and two actors on this machine's CPU
 
 It writes a prequantised folder of random weights (random_folder.py: 16 GB, no file of the transformer in 16 bits; the text
@@ -61,6 +61,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--in-flight", type=int, default=3, help="rows an actor holds: one renders, others are encoded")
+    parser.add_argument("--hadamard-group", type=int, default=None)
+    parser.add_argument("--keep-blocks", type=int, default=None)
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/ltx-batch-product"), help="a folder on a local disk")
     parser.add_argument("--output", type=Path, default=None, help="of the figures")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on a CPU: tries the script, measures nothing")
@@ -82,6 +84,9 @@ def write_checkpoint(options: argparse.Namespace) -> None:
     started_s = time.monotonic()
     name = "tiny" if options.tiny else "13b"
     command = [sys.executable, str(ROOT / "benchmarks" / "random_folder.py"), str(options.scratch / "model")]
+    for option in ("hadamard_group", "keep_blocks"):
+        if (value := getattr(options, option)) is not None:
+            command += [f"--{option.replace('_', '-')}", str(value)]
     subprocess.run([*command, "--model", name, "--precision", "int8"], check=True)
     print(f"checkpoint written in {time.monotonic() - started_s:.0f} s", flush=True)
 
@@ -221,7 +226,8 @@ def open_bench(options: argparse.Namespace) -> Any:
     device = torch.device("cpu") if options.tiny else pick_device("cuda")
     gpu = "tiny" if options.tiny else device_name(device).removeprefix("NVIDIA ").split()[0].lower()
     place = ROOT / ("out" if options.tiny else "benchmarks/results") / f"int8-{gpu}.json"
-    return Bench(device, precision("int8", device.type), options.tiny, 1, options.output or place)
+    policy = precision("int8", device.type, hadamard_group=options.hadamard_group, keep_blocks=options.keep_blocks)
+    return Bench(device, policy, options.tiny, 1, options.output or place)
 
 
 if __name__ == "__main__":
