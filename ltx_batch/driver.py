@@ -28,7 +28,7 @@ from ltx_batch.paths import check_paths, refuse_local
 from ltx_batch.pool import Died, Event, Finished, LocalPool, Pool, Started, StartFailed
 from ltx_batch.recipe import make_recipe, run_id, with_precision
 from ltx_batch.record import RenderRecord
-from ltx_batch.renderer import check_built, job_planner, layers_of, pinned, tokenizer_file
+from ltx_batch.renderer import check_job, job_planner, layers_of, pinned, tokenizer_file
 from ltx_batch.schedule import Breaker, Schedule, Task, Verdict
 from ltx_batch.storage import Storage
 from ltx_batch.tally import Summary, Tally
@@ -133,7 +133,7 @@ class _Run:
 
     def _check(self) -> dict[tuple[str, int], str]:
         """Look at the job's values and at every row; returns broken rules by file and row (only with skip_invalid), else raises."""
-        check_built(self.job.model.precision, self.job.model.placement, self.job.condition_preprocess)
+        check_job(self.job)
         model, options = self.job.model, self.job.storage.options
         found = validate(
             self.manifest,

@@ -16,6 +16,7 @@ from ltx_batch.yaml_file import parse_yaml
 
 Precision = Literal["auto", "fp32", "bf16", "int8", "int8-weight", "bnb-int8", "fp8"]
 Placement = Literal["auto", "resident", "offload", "sharded"]
+Attention = Literal["auto", "native", "sage"]
 _SCHEDULES = (("timesteps", "num_inference_steps"), ("num_inference_steps", "timesteps"))
 
 
@@ -60,6 +61,11 @@ class ModelSpec(_Section):
     )
     precision: Precision = "auto"
     placement: Placement = "auto"
+    attention: Attention = Field(
+        "auto",
+        description="kernel of self-attention; auto: the fastest of torch's, by a stopwatch; native: torch's own choice; "
+        "sage: SageAttention, which rounds to int8. Part of the key unless it is auto",
+    )
     device_memory_gib: float | None = Field(
         None, gt=0, description="memory that one worker may use of each of its GPUs, GiB; None: what is free"
     )

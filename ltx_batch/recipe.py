@@ -53,6 +53,8 @@ def make_recipe(job: JobSpec) -> dict[str, Any]:
         )
     if named is not None:
         recipe["pipeline_config"] = config_sha256(named)
+    if model.attention != "auto":
+        recipe["attention"] = model.attention
     if model.skip_modules:
         recipe["skip_modules"] = sorted(model.skip_modules)
     if model.hadamard_group not in (None, policy.DEFAULT_HADAMARD_GROUP):

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ltx_batch.clip import Clip
 from ltx_batch.errors import CheckpointError, JobError
-from ltx_batch.job import ModelSpec
+from ltx_batch.job import JobSpec, ModelSpec
 from ltx_batch.lora import Shapes
 from ltx_batch.model.expected import Expected, check_config
 from ltx_batch.model.frames import load_media
@@ -177,6 +178,7 @@ def load_renderer(
     upsampler: str | None = None,
     text_encoder: str | None = None,
     placement: str = "auto",
+    attention: str = "auto",
     device_memory_gib: float | None = None,
     condition_preprocess: str | None = None,
     llm_int8_threshold: float = 0.0,
@@ -196,12 +198,14 @@ def load_renderer(
     the place of its own: see `find_sources`. A text encoder that is not named and cannot be had is missed when a text is
     first encoded, and never where embeddings are given. `condition_preprocess` is none or official; None: what `resolve_preprocess`
     says. `llm_int8_threshold`, `skip_modules`, `hadamard_group` and `keep_blocks` bend the precision: see `Precision`.
-    `placement` is auto, resident, offload or sharded, `device_memory_gib` how much of each GPU may be used. `torch_threads` pins torch's CPU threads, on which pixels hang; `options` are fsspec options for URIs.
+    `placement` is auto, resident, offload or sharded, `device_memory_gib` how much of each GPU may be used. `attention` is
+    auto, native or sage: see `check_attention`. `torch_threads` pins torch's CPU threads, on which pixels hang; `options` are fsspec options for URIs.
     `text_cache` is a folder or URI of embeddings, which are read from it and, with `text` inline, added to it; with
     `text` precomputed no text encoder is ever loaded. `recipe` is a run's: files and a pipeline config that differ from what
     it says are refused, now and whenever one is loaded later. Raises CheckpointError, PrecisionError or JobError before any weight is loaded, where it can.
     """
     check_built(precision, placement, condition_preprocess)
+    check_attention(attention, precision, device)
     from ltx_batch.model.device import pick_device, use_threads
     from ltx_batch.model.load import load_pipeline
     from ltx_batch.model.text_cache import open_text_cache
@@ -222,6 +226,7 @@ def load_renderer(
         hadamard_group=hadamard_group,
         keep_blocks=keep_blocks,
     )
+    check_attention(attention, chosen.name, place.type)
     cache = None
     if text_cache is not None:
         hashes = sources.text_hashes(options) if recipe is None else recipe["checkpoint"]["files"]
@@ -238,6 +243,7 @@ def load_renderer(
         text_cache=cache,
         placement=placement,
         memory_gib=device_memory_gib,
+        attention=attention,
     )
     pipeline.check(config)
     preprocess = resolve_preprocess(condition_preprocess, config if pipeline_config is not None else None)
@@ -403,6 +409,33 @@ def check_built(precision: str, placement: str, condition_preprocess: str | None
     check_name(placement)
     if condition_preprocess not in (None, "none", "official"):
         raise JobError(f"unknown condition_preprocess {condition_preprocess!r}; what works: none, official")
+
+
+def check_job(job: JobSpec) -> None:
+    """`check_built` and `check_attention` of a job's values."""
+    check_built(job.model.precision, job.model.placement, job.condition_preprocess)
+    if job.model.renderer == "ltx":
+        check_attention(job.model.attention, job.model.precision, job.model.device)
+
+
+def check_attention(attention: str, precision: str, device: str) -> None:
+    """Raises JobError for a kernel of self-attention that cannot run, before anything is started.
+
+    `auto` takes the fastest of torch's own kernels, which differ by rounding alone; `native` leaves it to torch, without a
+    stopwatch; `sage` is SageAttention, which rounds queries and keys to int8 and is never taken unasked.
+    """
+    if attention not in ("auto", "native", "sage"):
+        raise JobError(f"unknown attention {attention!r}; what works: auto, native, sage")
+    if attention != "sage":
+        return
+    if device == "cpu" or precision == "fp32":
+        place = "on a CPU" if device == "cpu" else "in fp32"
+        raise JobError(f"model.attention sage does not run {place}: it takes a GPU and bf16 or an 8-bit precision")
+    if find_spec("sageattention") is None:
+        raise JobError(
+            "model.attention is sage, and SageAttention is not installed: pip install sageattention on every node, or leave "
+            "attention at auto"
+        )
 
 
 def resolve_preprocess(asked: str | None, named: PipelineConfig | None) -> str:

@@ -214,6 +214,7 @@ def open_renderer(plan: WorkerPlan) -> Renderer:
         upsampler=model.upsampler,
         text_encoder=model.text_encoder,
         placement=model.placement,
+        attention=model.attention,
         device_memory_gib=model.device_memory_gib,
         condition_preprocess=plan.recipe["condition_preprocess"],
         llm_int8_threshold=model.llm_int8_threshold,

@@ -91,10 +91,10 @@ def validate(
     """Check a job file and every row of its manifest, without starting anything. Exit code 2 where rows are bad."""
     from ltx_batch.manifest import Manifest
     from ltx_batch.manifest import validate as check
-    from ltx_batch.renderer import check_built, job_planner, layers_of, tokenizer_file
+    from ltx_batch.renderer import check_job, job_planner, layers_of, tokenizer_file
 
     job = asked(job_file, manifest, output, overrides, skip_invalid, as_json).load()
-    check_built(job.model.precision, job.model.placement, job.condition_preprocess)
+    check_job(job)
     options = job.storage.options
     found = check(
         Manifest.open(job.manifest, options=options),

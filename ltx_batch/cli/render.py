@@ -83,6 +83,7 @@ def render(
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, int8, int8-weight, fp8, bnb-int8.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda.")] = "auto",
     placement: Annotated[str, typer.Option(help="auto, resident, offload, sharded.")] = "auto",
+    attention: Annotated[str, typer.Option(help="auto, native, sage: the kernel of self-attention.")] = "auto",
     device_memory_gib: Annotated[float | None, typer.Option(help="Of the GPU that may be used.")] = None,
     as_json: AsJson = False,
 ) -> int:
@@ -118,6 +119,7 @@ def render(
         "precision": precision,
         "device": device,
         "placement": placement,
+        "attention": attention,
         "device_memory_gib": device_memory_gib,
     }
     request = _checked(row, conditions, output, {"checkpoint": checkpoint, **options})

@@ -1,4 +1,4 @@
-"""Self-attention: one kernel of several, chosen by timing on the shape that a pass has."""
+"""Self-attention: one kernel of several, the one that is asked for or the fastest of torch's on the shape that a pass has."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,8 +17,14 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ltx_batch.model.chunks import rotate
 
-_TORCH = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-_DIFFUSERS = {"native": None, "cudnn": "_native_cudnn", "flash": "_native_flash", "sage": "sage"}
+_TORCH = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+_DIFFUSERS = {"native": None, **{name: f"_native_{name}" for name in _TORCH}, "sage": "sage"}
+# What a stopwatch may choose among: exact up to rounding. Sage rounds to int8, and is asked for by its name alone.
+CANDIDATES = ("native", *_TORCH)
 _REPEATS = 3
 # Another kernel rounds otherwise: torch's own choice stays where it is about as fast, so that two GPUs of a kind agree.
 _BETTER_BY = 1.05
@@ -30,20 +35,31 @@ Shape = tuple[int, int, int, int]  # rows, heads, tokens, channels of a head
 
 @dataclass(slots=True)
 class Kernel:
-    """What a transformer's self-attention is computed by, for all its blocks: `native` is torch's own choice."""
+    """What a transformer's self-attention is computed by, for all its blocks. `asked` is auto, native (torch's own choice)
+    or sage; `name` is the kernel that works now."""
 
+    asked: str = "auto"
     name: str = "native"
     timed_ms: dict[Shape, dict[str, float]] = field(default_factory=dict)
+    _chosen: list[str] = field(default_factory=list)
 
     def choose(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
-        """Take the fastest on this device; the first pass of a shape times them all. On a CPU there is only one."""
-        if device.type != "cuda" or dtype == torch.float32:
-            return
-        if shape not in self.timed_ms:
-            self.timed_ms[shape] = {name: _time_ms(name, shape, dtype, device) for name in _candidates()}
-            told = ", ".join(f"{name} {ms:.2f} ms" for name, ms in self.timed_ms[shape].items())
-            log.info("attention of %s: %s", "x".join(map(str, shape)), told)
-        self.name = fastest(self.timed_ms[shape])
+        """The kernel for a pass of one clip, of this shape. With `auto` the fastest of torch's on this device: the first
+        pass of a shape times them all. On a CPU, and in fp32, there is only one."""
+        if self.asked != "auto":
+            self.name = self.asked
+        elif device.type == "cuda" and dtype != torch.float32:
+            if shape not in self.timed_ms:
+                self.timed_ms[shape] = {name: _time_ms(name, shape, dtype, device) for name in CANDIDATES}
+                told = ", ".join(f"{name} {ms:.2f} ms" for name, ms in self.timed_ms[shape].items())
+                log.info("attention of %s: %s", "x".join(map(str, shape)), told)
+            self.name = fastest(self.timed_ms[shape])
+        self._chosen.append(self.name)
+
+    def taken(self) -> str:
+        """The kernels of all passes since this was last asked, `flash` or, where passes differ, `flash, native`."""
+        names, self._chosen = dict.fromkeys(self._chosen), []
+        return ", ".join(names)
 
     def __call__(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """[rows, heads, tokens, channels of a head] each, and no mask."""
@@ -96,17 +112,13 @@ class SelfAttention:
         return out
 
 
-def use_kernel(transformer: Any) -> Kernel:
+def use_kernel(transformer: Any, asked: str = "auto") -> Kernel:
     """Have self-attention computed by the kernel that is returned. Blocks with a processor of their own keep it."""
-    kernel = Kernel()
+    kernel = Kernel(asked)
     for block in transformer.transformer_blocks:
         if type(block.attn1.processor) is LTXVideoAttnProcessor:
             block.attn1.set_processor(SelfAttention(kernel))
     return kernel
-
-
-def _candidates() -> list[str]:
-    return ["native", *_TORCH, *(["sage"] if find_spec("sageattention") else [])]
 
 
 @lru_cache

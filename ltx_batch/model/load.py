@@ -33,6 +33,7 @@ def load_pipeline(
     text_cache: TextCache | None = None,
     placement: str = "auto",
     memory_gib: float | None = None,
+    attention: str = "auto",
 ) -> LtxPipeline:
     """`checkpoint` and `upsampler` are folders or files. `text` is the folder with text_encoder/ and tokenizer/, or what
     to raise when one is missed, or None where none is to be used. Whenever files are read they must be those of `expected`.
@@ -66,6 +67,7 @@ def load_pipeline(
         placement=placement,
         home=home,
         memory_gib=memory_gib,
+        attention=attention,
         unquantised=partial(_load_again, checkpoint, dtype, expected.weights) if to_quantise else None,
         text_missed=text if isinstance(text, CheckpointError) else None,
         text_cache=text_cache,

@@ -95,6 +95,7 @@ class LtxPipeline:
         placement: str = "auto",
         home: torch.device | None = None,
         memory_gib: float | None = None,
+        attention: str = "auto",
         unquantised: Callable[[], Any] | None = None,
         text_missed: CheckpointError | None = None,
         text_cache: TextCache | None = None,
@@ -113,7 +114,7 @@ class LtxPipeline:
         self._causal, self._timestep_scale = parts.causal_positions, parts.timestep_scale
         self.transformer, self.vae = parts.transformer.to(home), parts.vae.to(home)
         self.latent_upsampler = None if parts.latent_upsampler is None else parts.latent_upsampler.to(home)
-        self.attention = use_kernel(self.transformer)
+        self.attention = use_kernel(self.transformer, attention)
         self.lodging = Lodging(device, self.transformer, self.vae, self.latent_upsampler)
         self.loras = LoraSwitch(self.transformer, device, changing=self.lodging.changing_layers)
         sizes = measure(self.transformer, self.vae, self.latent_upsampler, policy.name)
@@ -147,14 +148,8 @@ class LtxPipeline:
                 "the pipeline config is multi-scale, which takes a latent upsampler, and the checkpoint has none: "
                 "name one as model.upsampler, or use a base pipeline"
             )
-        blocks = len(self.transformer.transformer_blocks)
-        for one in config.passes:
-            absent = sorted(block for block in one.blocks() if not 0 <= block < blocks)
-            if absent:
-                raise CheckpointError(
-                    f"skip_block_list names block {absent[0]}, and this transformer has blocks 0 to {blocks - 1}: is the "
-                    "pipeline config for another model?"
-                )
+        if fault := config.blocks_fault(len(self.transformer.transformer_blocks)):
+            raise CheckpointError(fault)
 
     @torch.inference_mode()
     def encode(self, text: str, *, negative: bool = False) -> Text:
@@ -196,7 +191,7 @@ class LtxPipeline:
         usual = self.transformer, self.attention, self.loras, self.ran
         self.transformer = self._load_unquantised()
         streamed = Streamed(self.transformer, list(self.transformer.transformer_blocks), self.device)
-        self.attention = use_kernel(self.transformer)
+        self.attention = use_kernel(self.transformer, self.attention.asked)
         self.loras = LoraSwitch(self.transformer, self.device, changing=streamed.changing_layers)
         self.ran = {**self.ran, "unquantised": True}
         try:
@@ -281,7 +276,7 @@ class LtxPipeline:
                 causal=self._causal,
                 device=self.device,
             )
-        with watch.stage("denoise"), self._transformer_at_work(placement, number, one, tokens.latents.shape[:2]):
+        with watch.stage("denoise"), self._transformer_at_work(placement, number, one, tokens.latents.shape[1]):
             prompt = Text.stack([row.prompt for row in rows])
             negative = Text.stack([row.negative for row in rows if row.negative]) if plan.needs_negative else None
             clean = denoise_pass(
@@ -320,13 +315,11 @@ class LtxPipeline:
             yield
 
     @contextmanager
-    def _transformer_at_work(
-        self, placement: Placement, number: int, one: PassPlan, shape: Sequence[int]
-    ) -> Iterator[None]:
-        """`shape` is [rows, tokens] of a call without guidance."""
+    def _transformer_at_work(self, placement: Placement, number: int, one: PassPlan, tokens: int) -> Iterator[None]:
         config = self.transformer.config
-        rows = shape[0] * max(guidance.rows for guidance in one.guidance)
-        heads = (rows, config.num_attention_heads, shape[1], config.attention_head_dim)
+        # One clip's shape, whatever the batch: a kernel that hung on its neighbours would make other bits of the same row.
+        rows = max(guidance.rows for guidance in one.guidance)
+        heads = (rows, config.num_attention_heads, tokens, config.attention_head_dim)
         self.attention.choose(heads, self.transformer.dtype, self.device)
         chunk_tokens = placement.passes[number].chunk_tokens
         with self.lodging.at("denoise", placement, number), in_chunks(self.transformer, chunk_tokens):
@@ -334,7 +327,7 @@ class LtxPipeline:
 
     def _tell(self, placement: Placement) -> None:
         self.ran |= {
-            "attention": self.attention.name,
+            "attention": self.attention.taken(),
             "tiling": str(placement.decode_tiles) if placement.decode_tiles else False,
             "degraded": placement.degraded or "unquantised" in self.ran,
             "placement": placement.ran,

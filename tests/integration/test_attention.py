@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import LTXVideoTransformer3DModel
+from job_runs import make_job, write_manifest
 from torch import nn
 
+from ltx_batch import RenderRequest, load_renderer
+from ltx_batch.driver import run
+from ltx_batch.errors import JobError
+from ltx_batch.model import attention
 from ltx_batch.model.attention import Kernel, SelfAttention, attend, fastest, use_kernel
 from ltx_batch.model.block_stream import BlockStream
 from ltx_batch.model.chunks import in_chunks
 from ltx_batch.model.perturb import perturbed
 from ltx_batch.model.sharding import _Carried, deal_out, device_map
-from tests.tiny_checkpoint import CAPTION_CHANNELS, LATENT_CHANNELS, TRANSFORMER
+from tests.tiny_checkpoint import CAPTION_CHANNELS, LATENT_CHANNELS, TRANSFORMER, write_tiny_checkpoint
 
 CPU = torch.device("cpu")
 TOKENS = 23
@@ -73,7 +81,7 @@ def test_kernels_agree(name: str) -> None:
         ({"native": 1.0}, "native"),
         ({"native": 1.0, "cudnn": 0.97, "flash": 2.0}, "native"),
         ({"native": 1.0, "cudnn": 0.9, "flash": 0.8}, "flash"),
-        ({"native": 1.0, "cudnn": float("inf"), "sage": 0.5}, "sage"),
+        ({"native": 1.0, "cudnn": float("inf"), "flash": 0.5}, "flash"),
         ({"native": float("inf"), "cudnn": 1.0}, "cudnn"),
     ],
 )
@@ -85,6 +93,81 @@ def test_a_cpu_times_nothing() -> None:
     kernel = Kernel()
     kernel.choose((1, 2, TOKENS, 16), torch.bfloat16, CPU)
     assert (kernel.name, kernel.timed_ms) == ("native", {})
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A package by the name of SageAttention, which is too fast to be beaten."""
+    (tmp_path / "sageattention.py").write_text(
+        "def sageattn(query, key, value, tensor_layout, is_causal):\n    return value.clone()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    attention._sage.cache_clear()
+    yield
+    attention._sage.cache_clear()
+    sys.modules.pop("sageattention", None)
+
+
+def test_sage_is_never_taken_unasked(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+    monkeypatch.setattr(
+        attention, "_time_ms", lambda name, *_: (timed.append(name), 1.0 if name == "native" else 0.5)[1]
+    )
+    kernel = Kernel()
+    kernel.choose((1, 2, TOKENS, 16), torch.bfloat16, torch.device("cuda"))
+    assert timed == ["native", "cudnn", "flash", "efficient"]
+    assert kernel.name in timed[1:]
+
+
+@pytest.mark.parametrize("asked", ["native", "sage"])
+def test_a_kernel_that_is_asked_for_is_taken_without_a_stopwatch(
+    installed: None, monkeypatch: pytest.MonkeyPatch, transformer: Any, asked: str
+) -> None:
+    monkeypatch.setattr(attention, "_time_ms", lambda *_: pytest.fail("nothing is timed"))
+    plain = forward(transformer)
+    kernel = use_kernel(transformer, asked)
+    kernel.choose((1, 2, TOKENS, 16), torch.bfloat16, torch.device("cuda"))
+    assert kernel.name == asked
+    assert torch.equal(forward(transformer), plain) is (asked == "native")
+
+
+def test_what_ran_is_told_of_every_pass() -> None:
+    kernel = Kernel()
+    for name in ("flash", "native", "flash"):
+        kernel.timed_ms[1, 2, TOKENS, 16] = {"native": 1.0, "flash": 0.5 if name == "flash" else 2.0}
+        kernel.choose((1, 2, TOKENS, 16), torch.bfloat16, torch.device("cuda"))
+    assert (kernel.taken(), kernel.taken()) == ("flash, native", "")
+
+
+def test_a_kernel_is_chosen_for_one_clip_whatever_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    choose = Kernel.choose
+    monkeypatch.setattr(Kernel, "choose", lambda kernel, *given: (seen.append(given[0]), choose(kernel, *given))[1])
+    tiny = write_tiny_checkpoint(tmp_path, pipeline_config="timesteps: [1.0]\nguidance_scale: 2\n")
+    renderer = load_renderer(str(tiny), device="cpu")
+    requests = [RenderRequest(prompt="a", height=64, width=32, num_frames=9, seed=seed) for seed in (1, 2, 3)]
+    (alone,) = renderer.render(requests[:1])
+    together = renderer.render(requests)
+    assert seen == [(2, 2, 4, 16)] * 2, "rows of guidance, heads, tokens, channels"
+    assert [clip.ran["attention"] for clip in (alone, *together)] == ["native"] * 4
+
+
+def test_sage_is_refused_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def job(**model: Any) -> Any:
+        model = {"renderer": "ltx", "checkpoint": "demo", "attention": "sage", "device": "auto", **model}
+        return make_job(write_manifest(tmp_path, ["a"]), tmp_path / "out", model=model)
+
+    with pytest.raises(JobError, match="SageAttention is not installed: pip install sageattention"):
+        run(job())
+    with pytest.raises(JobError, match="does not run on a CPU"):
+        run(job(device="cpu"))
+    with pytest.raises(JobError, match="does not run in fp32"):
+        run(job(precision="fp32"))
+    with pytest.raises(JobError, match="does not run on a CPU"):
+        load_renderer("demo", device="cpu", attention="sage")
+    with pytest.raises(JobError, match="unknown attention 'fast'"):
+        load_renderer("demo", device="cpu", attention="fast")
+    assert not (tmp_path / "out").exists()
 
 
 # chunks
