@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,18 +182,37 @@ def _download(uri: str, options: Mapping[str, Any] | None, folders: tuple[str, .
     target = cache / hashlib.sha256(f"{uri}{mark}".encode()).hexdigest()[:16]
     if not target.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        check_space(cache, sum(max(ref.size, 0) for ref in files.values()), uri)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            made = Path(scratch, "checkpoint")
-            for name, ref in files.items():
-                (made / name).parent.mkdir(parents=True, exist_ok=True)
-                fetch_uri(ref.uri, made / name, options)
-            try:
-                made.rename(target)
-            except OSError:
-                if not target.is_dir():  # else another process was faster
-                    raise
+        with _alone(cache):
+            if not target.is_dir():  # else another process has brought it meanwhile
+                check_space(cache, sum(max(ref.size, 0) for ref in files.values()), uri)
+                _bring(files, target, options)
     return target / SINGLE_FILE if SINGLE_FILE in files else target
+
+
+def _bring(files: Mapping[str, FileRef], target: Path, options: Mapping[str, Any] | None) -> None:
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        made = Path(scratch, "checkpoint")
+        for name, ref in files.items():
+            (made / name).parent.mkdir(parents=True, exist_ok=True)
+            fetch_uri(ref.uri, made / name, options)
+        try:
+            made.rename(target)
+        except OSError:
+            if not target.is_dir():  # else another process was faster, on a disk without locks
+                raise
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Within it, no other process of this machine is in it: the actors of a node bring one copy, and wait for it. A disk
+    without locks keeps nobody out."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def check_space(folder: Path, needed_bytes: int, what: str) -> None:

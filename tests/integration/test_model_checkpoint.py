@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -14,9 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from ltx_batch import RenderRequest, load_renderer
 from ltx_batch.errors import CheckpointError
+from ltx_batch.model import fetch
 from ltx_batch.model.checkpoint import load_checkpoint
 from ltx_batch.model.fetch import local_checkpoint
 from ltx_batch.renderer import checkpoint_fingerprint
+from ltx_batch.storage import fetch_uri
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -179,6 +184,26 @@ def test_a_uri_is_downloaded_once_and_again_when_it_changes(
     assert second != first
     assert b'"shift": 2.0' in (second / "scheduler/scheduler_config.json").read_bytes()
     assert sorted(entry.name for entry in first.parent.iterdir()) == sorted([first.name, second.name])
+
+
+def test_actors_that_start_together_bring_one_copy(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    fsspec.filesystem("memory").put(f"{whole}/", "/weights/shared/", recursive=True)
+    brought: list[str] = []
+
+    def fetch_slowly(uri: str, target: Path, options: Any) -> None:
+        brought.append(uri)
+        time.sleep(0.01)  # so that all of them are at it at once
+        fetch_uri(uri, target, options)
+
+    monkeypatch.setattr(fetch, "fetch_uri", fetch_slowly)
+    with ThreadPoolExecutor(4) as actors:
+        places = set(actors.map(local_checkpoint, ["memory://weights/shared"] * 4))
+    (place,) = places
+    assert sorted(brought) == sorted(set(brought))
+    assert list(place.parent.iterdir()) == [place]
 
 
 def test_a_hub_id_is_taken_from_the_hubs_cache(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
