@@ -63,10 +63,7 @@ class HubRepo:
 
     def cached(self, file: str) -> Path | None:
         """Where the hub's cache holds the file of this commit."""
-        from huggingface_hub import try_to_load_from_cache
-
-        found = try_to_load_from_cache(self.name, file, revision=self.commit)
-        return Path(found) if isinstance(found, str) else None
+        return cached_file(self.name, self.commit, file)
 
     def ref(self, file: str) -> FileRef:
         """For reading: in the cache, else at the hub, where the fingerprint is the sha256 if the hub knows it."""
@@ -76,6 +73,17 @@ class HubRepo:
         found = self.files[file]
         uri = f"hf://{self.name}@{self.commit}/{file}"
         return FileRef(uri, found.size, found.sha256 or f"{self.commit}/{file}")
+
+
+def cached_file(name: str, revision: str | None, file: str) -> Path | None:
+    """Where the hub's cache holds a file of that revision, as far as it is known here: nobody is asked."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        found = try_to_load_from_cache(name, file, revision=revision)
+    except ValueError:  # no repository can have that name
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def commit_of(name: str, revision: str | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -167,10 +167,25 @@ class PipelineConfig(PassConfig):
         given = [one.model_dump(exclude_unset=True) for one in (self.first_pass, self.second_pass) if one is not None]
         return tuple(PassConfig.model_validate({**shared, **values}) for values in given)
 
+    def blocks_fault(self, count: int) -> str | None:
+        """What is wrong with this config for a transformer of so many blocks."""
+        return absent_block({block for one in self.passes for block in one.blocks()}, count)
+
     def resolve_precision(self) -> str:
         """The project's name for what the file asks for. (Officially `mixed_precision` runs the same bf16 weights under
         autocast, which keeps some elementwise sums in fp32.)"""
         return {"bfloat16": "bf16", "float8_e4m3fn": "fp8", "mixed_precision": "bf16"}[self.precision]
+
+
+def absent_block(blocks: Iterable[int], count: int) -> str | None:
+    """The fault of naming blocks that a transformer of `count` blocks does not have."""
+    absent = sorted(block for block in blocks if not 0 <= block < count)
+    if not absent:
+        return None
+    return (
+        f"skip_block_list names block {absent[0]}, and this transformer has blocks 0 to {count - 1}: is the pipeline config "
+        "for another model?"
+    )
 
 
 class _Faults(ValueError):
