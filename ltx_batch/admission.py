@@ -6,7 +6,7 @@ Everything here reads and nothing writes, so the next shard is prepared in a thr
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -56,6 +56,7 @@ class Admission:
         self._todo: list[_Todo] = []
         self._epoch = 0
         self._looked = self._fresh = False
+        self._kept: dict[str, Future[PreparedShard]] = {}
         self._earlier: list[tuple[str, dict[str, int]]] = []
         self._charged: Counter[str] = Counter()
         self._sha256: Recent[str, str] = Recent(REMEMBERED)  # by URI: media and LoRA files of many rows are read once
@@ -78,18 +79,29 @@ class Admission:
         return len(self._todo)
 
     def prepare(
-        self, recipe: Mapping[str, Any], invalid: Mapping[tuple[str, int], str]
-    ) -> Iterator[Future[PreparedShard]]:
-        """Open shards in the manifest's order, each begun in a thread while the caller has the one before it."""
+        self, recipe: Mapping[str, Any], invalid: Mapping[tuple[str, int], str], *, keep_rows: int = 0
+    ) -> Generator[Future[PreparedShard]]:
+        """Open shards in the manifest's order, each begun in a thread while the caller has the one before it.
+
+        The first shards, up to `keep_rows` rows together, are kept for the next call, which does not prepare them again.
+        """
         self._look_around()
-        with ThreadPoolExecutor(max_workers=1) as ahead:
-            pending = None
+        ahead = ThreadPoolExecutor(max_workers=1)
+        kept, self._kept = self._kept, {}
+        pending = None
+        try:
             for todo in self._todo:
-                pending, ready = ahead.submit(self._prepare, todo, recipe, invalid), pending
+                begun = kept.pop(todo.shard.name, None) or ahead.submit(self._prepare, todo, recipe, invalid)
+                keep_rows -= todo.shard.rows
+                if keep_rows >= 0:
+                    self._kept[todo.shard.name] = begun
+                pending, ready = begun, pending
                 if ready is not None:
                     yield ready
             if pending is not None:
                 yield pending
+        finally:
+            ahead.shutdown(wait=False, cancel_futures=True)  # who drains waits for no shard that nobody wants any more
 
     def count_ok(self, shard: str, epoch: int) -> int:
         """Ok lines of a finished shard, as it stands."""

@@ -201,8 +201,11 @@ class _Run:
     def _encode_texts(self, invalid: dict[tuple[str, int], str]) -> None:
         if self.text_only or (self.job.text == "stage" and self.job.model.renderer != "fake"):
             plan = WorkerPlan(self.job, self.recipe, self.recipe["precision"])
-            shards = self.admission.prepare(self.recipe, invalid)
-            with closing(encode_texts(self._pool(), plan, shards)) as told:
+            keep_rows = 0 if self.text_only else OPEN_ROWS
+            with (
+                closing(self.admission.prepare(self.recipe, invalid, keep_rows=keep_rows)) as shards,
+                closing(encode_texts(self._pool(), plan, shards)) as told,
+            ):
                 for self.tally.text in told:
                     self._tell_now_and_then()
                     if self.drain.is_set():

@@ -16,6 +16,7 @@ from ltx_batch.job import JobSpec
 from ltx_batch.recipe import job_precision
 from ltx_batch.record import RenderRecord
 from ltx_batch.schedule import Cause, WorkUnit
+from ltx_batch.text_tries import TextTries
 from ltx_batch.text_worker import Encoded, TextWorker
 from ltx_batch.worker import Worker, WorkerPlan
 
@@ -68,7 +69,8 @@ class Pool(Protocol):
     def encode(self, plan: WorkerPlan, batches: Iterator[Sequence[str]]) -> Generator[Encoded]:
         """Bring texts into the cache by workers that hold the text encoder alone, and are gone at the end.
 
-        Tells what was done, batch by batch, and nothing now and then; raises RunStopped where it cannot go on.
+        An empty batch says that there is nothing yet. Tells what was done, batch by batch, and nothing now and then; raises
+        RunStopped where it cannot go on.
         """
         ...
 
@@ -111,13 +113,18 @@ class LocalPool:
         return job_precision(self._job)
 
     def encode(self, plan: WorkerPlan, batches: Iterator[Sequence[str]]) -> Generator[Encoded]:
-        worker = None
+        worker, tries = None, TextTries(batches, plan.job.attempts)
         try:
-            for texts in batches:
-                worker = worker or TextWorker(plan)
-                yield worker.encode(texts)
-        except Exception as error:
-            raise RunStopped(f"prompts could not be encoded: {type(error).__name__}: {error}") from error
+            while (texts := tries.next()) is not None:
+                done = Encoded()
+                try:
+                    if texts:
+                        worker = worker or TextWorker(plan)
+                        done = worker.encode(texts)
+                        tries.done(0, texts)
+                except Exception as error:
+                    done = tries.raised(0, texts, error)
+                yield done
         finally:
             if worker is not None:
                 worker.close()

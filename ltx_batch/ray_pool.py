@@ -17,7 +17,7 @@ from typing import Any
 from ltx_batch.errors import JobError, RunStopped, UsageError
 from ltx_batch.job import JobSpec
 from ltx_batch.pool import Died, Event, Finished, Started, StartFailed
-from ltx_batch.ray_text import TextCrew
+from ltx_batch.ray_text import DEVICE_LOST, TextCrew
 from ltx_batch.recipe import job_precision
 from ltx_batch.schedule import WorkUnit
 from ltx_batch.text_worker import Encoded
@@ -25,7 +25,6 @@ from ltx_batch.worker import Worker, WorkerPlan
 
 _LOCAL_OBJECT_STORE_BYTES = 128 * 2**20  # records and requests only: no video goes through the object store
 _FATE_S = 60.0  # how long to ask why an actor is out of reach
-_DEVICE_LOST = "CUDA error"  # how torch begins the message of a fault that its process does not survive
 _PLACED, _READY = -2, -1  # in place of a unit's id: the actor has a process; its model is loaded
 
 
@@ -43,7 +42,7 @@ class RenderActor:
     def run(self, unit: WorkUnit) -> list[Any]:
         assert self._worker is not None
         records = self._worker.run(unit)
-        if any(record.error and _DEVICE_LOST in record.error for record in records):
+        if any(record.error and DEVICE_LOST in record.error for record in records):
             # After a fault on the GPU every later call of its process fails too: end it, and let the death be judged.
             os._exit(70)
         return records

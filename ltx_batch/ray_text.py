@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 from ltx_batch.errors import RunStopped
+from ltx_batch.text_tries import TextTries
 from ltx_batch.text_worker import Encoded, TextWorker
 from ltx_batch.worker import WorkerPlan
 
@@ -15,6 +17,7 @@ _TEXTS_AN_ACTOR = 2048  # another actor, which loads gigabytes, is worth so many
 _IN_FLIGHT = 2
 _POLL_S = 0.5
 _LEAVE_S = 60.0
+DEVICE_LOST = "CUDA error"  # how torch begins the message of a fault that its process does not survive
 
 
 class TextActor:
@@ -25,9 +28,14 @@ class TextActor:
         self._worker: TextWorker | None = None
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        if self._worker is None:  # not in __init__, whose errors Ray reports as a death
-            self._worker = TextWorker(self._plan)
-        return self._worker.encode(texts)
+        try:
+            if self._worker is None:  # not in __init__, whose errors Ray reports as a death
+                self._worker = TextWorker(self._plan)
+            return self._worker.encode(texts)
+        except Exception as error:
+            if DEVICE_LOST in str(error):  # every later call would fail too: another actor takes the texts
+                os._exit(70)
+            raise
 
 
 class TextCrew:
@@ -37,7 +45,7 @@ class TextCrew:
         self._plan, self._resources, self._slots, self._feel = plan, resources, slots, feel
         self._actors: dict[int, Any] = {}
         self._refs: dict[Any, tuple[int, Sequence[str]]] = {}
-        self._again: list[Sequence[str]] = []
+        self._tries = TextTries(iter(()), plan.job.attempts)
         self._handed_texts = 0
         self._deaths = 0
 
@@ -48,9 +56,12 @@ class TextCrew:
         """
         import ray
 
+        self._tries = TextTries(batches, self._plan.job.attempts)
         try:
-            while self._hand_out(batches):
-                done, _ = ray.wait(list(self._refs), num_returns=1, timeout=_POLL_S)
+            while self._hand_out() or self._refs:
+                done: list[Any] = []
+                if self._refs:
+                    done, _ = ray.wait(list(self._refs), num_returns=1, timeout=_POLL_S)
                 if not done:
                     self._feel()
                     yield Encoded()
@@ -59,16 +70,16 @@ class TextCrew:
         finally:
             self._dismiss()
 
-    def _hand_out(self, batches: Iterator[Sequence[str]]) -> bool:
-        """Keep every actor busy; False when all is done."""
+    def _hand_out(self) -> bool:
+        """Keep every actor busy; False when there is nothing more to hand out."""
         while (free := self._free_actor()) is not None:
-            texts = self._again.pop() if self._again else next(batches, None)
-            if texts is None:
-                break
+            texts = self._tries.next()
+            if not texts:
+                return texts is not None
             actor = self._actors.get(free) or self._start(free)
             self._handed_texts += len(texts)
             self._refs[actor.encode.remote(texts)] = (free, texts)
-        return bool(self._refs)
+        return True
 
     def _free_actor(self) -> int | None:
         """The number of an actor that can take more, or of one that may be started."""
@@ -93,13 +104,14 @@ class TextCrew:
         try:
             result: Encoded = ray.get(ref)
         except ray.exceptions.RayTaskError as error:
-            cause = error.cause or error
-            raise RunStopped(f"prompts could not be encoded: {type(cause).__name__}: {cause}") from error
+            cause = error.cause if isinstance(error.cause, Exception) else error
+            return self._tries.raised(number, texts, cause)
         except ray.exceptions.RayError as error:
             self._feel()
             self._bury(number, texts, error)
             return Encoded()
         self._deaths = 0
+        self._tries.done(number, texts)
         return result
 
     def _bury(self, number: int, texts: Sequence[str], error: Exception) -> None:
@@ -107,7 +119,7 @@ class TextCrew:
         import ray
 
         lost = [ref for ref, (holder, _) in self._refs.items() if holder == number]
-        self._again += [texts, *(self._refs.pop(ref)[1] for ref in lost)]
+        self._tries.lost([texts, *(self._refs.pop(ref)[1] for ref in lost)])
         with suppress(ray.exceptions.RayError):
             ray.kill(self._actors.pop(number))
         self._deaths += 1

@@ -19,7 +19,7 @@ class Summary:
     """What a run came to. `rendered`, `gpu_seconds` and `seconds` are this call's; `cost` is null without a price.
 
     `ready_s` is the part of `seconds` that went by before a worker was ready: start-up of Ray, text phase, model load.
-    `text` is what the text phase did: `{"encoded", "cached", "seconds"}`, null where there was none.
+    `text` is what the text phase did: `{"encoded", "cached", "failed", "seconds"}`, null where there was none.
     """
 
     run: str

@@ -22,13 +22,11 @@ _THREADS = 16
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Texts that were encoded, and those that the cache had."""
+    """How many texts were encoded, and how many the cache had; those that failed for good, with the reason."""
 
     encoded: int = 0
     cached: int = 0
-
-    def __add__(self, other: Encoded) -> Encoded:
-        return Encoded(self.encoded + other.encoded, self.cached + other.cached)
+    failed: tuple[tuple[str, str], ...] = ()
 
 
 class TextWorker:

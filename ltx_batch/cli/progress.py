@@ -89,7 +89,8 @@ class Live:
 def line(summary: Summary) -> str:
     """`12/24 rows, 1 failed, shard 1/3, 0.52 rows/s, 23.1 s left, 2 workers`; before the workers, how far the text is"""
     if summary.text is not None and summary.ready_s is None:
-        return f"text: {summary.text['encoded']} encoded, {summary.text['cached']} from before"
+        failed = f", {summary.text['failed']} failed" if summary.text["failed"] else ""
+        return f"text: {summary.text['encoded']} encoded, {summary.text['cached']} in the cache{failed}"
     settled = summary.ok + summary.failed
     parts = [f"{settled}/{summary.rows} rows"]
     if summary.failed:

@@ -38,15 +38,17 @@ def encode(
     job = wanted.load()
     with progress(f"{wanted.name}: text -> {job.text_cache_uri}") as listener:
         summary = driver.encode(job, RunOptions(skip_invalid=skip_invalid, retry=True), listen=listener)
-    done = summary.text or {"encoded": 0, "cached": 0, "seconds": 0.0}
+    done = summary.text or {"encoded": 0, "cached": 0, "failed": 0, "seconds": 0.0}
     to = sys.stderr if as_json else sys.stdout
-    print(f"{done['encoded']} texts encoded, {done['cached']} from before, in {duration(done['seconds'])}", file=to)
+    failed = f", {done['failed']} failed" if done["failed"] else ""
+    counted = f"{done['encoded']} texts encoded, {done['cached']} were in the cache{failed}"
+    print(f"{counted}, in {duration(done['seconds'])}", file=to)
     print(f"cache    {job.text_cache_uri}", file=to)
     if summary.stopped:
         print(f"stopped: {summary.stopped}", file=to)
     if as_json:
         print_json({"run": summary.run, **done, "text_cache": job.text_cache_uri, "stopped": summary.stopped})
-    return 3 if summary.stopped else 0
+    return 3 if summary.stopped else 1 if done["failed"] else 0
 
 
 def enhance(

@@ -14,7 +14,9 @@ from job_runs import make_job, ray_cluster, read_records, write_manifest
 
 from ltx_batch.driver import encode, run
 from ltx_batch.job import JobSpec
+from ltx_batch.model.text_key import TextIdentity, encoder_fingerprint
 from ltx_batch.ray_text import TextCrew
+from ltx_batch.recipe import make_recipe
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 PROMPTS = ["a red circle", "a blue square", "a red circle"]
@@ -97,6 +99,18 @@ def test_a_text_encoder_that_cannot_be_loaded_stops_the_run(tmp_path: Path) -> N
     summary = run(staged(spoilt, tmp_path, PROMPTS))
     assert summary.exit_code == 3 and summary.stopped is not None
     assert summary.stopped.startswith("prompts could not be encoded: CheckpointError")
+
+
+def test_a_text_that_cannot_be_encoded_stops_no_other(tiny: Path, tmp_path: Path) -> None:
+    """A folder lies where its embedding is to lie."""
+    prompts = [f"prompt {index}" for index in range(40)]
+    job = staged(tiny, tmp_path, prompts)
+    fingerprint = encoder_fingerprint(make_recipe(job)["checkpoint"]["files"])
+    key = TextIdentity(fingerprint, "float32").key(prompts[7])
+    (tmp_path / "out" / "text" / key[:2] / f"{key}.safetensors").mkdir(parents=True)
+    summary = encode(job)
+    assert summary.stopped is None and summary.text is not None
+    assert summary.text["failed"] == 1 and summary.text["encoded"] + summary.text["cached"] == 40
 
 
 @pytest.mark.parametrize("allowed", [2, 1])

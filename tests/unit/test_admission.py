@@ -165,9 +165,10 @@ def test_shards_are_prepared_one_ahead_and_no_further(tmp_path: Path) -> None:
 
     place.manifest.read = noted  # type: ignore[method-assign]
     source = place.admission().prepare(RECIPE, {})
-    next(source)
+    next(source).result()
+    next(source).result()
     source.close()
-    assert len(read) == 2
+    assert 2 <= len(read) <= 3, "the third is begun, and given up where it has not begun to read"
 
 
 def test_hashes_of_media_are_remembered_up_to_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
-from ltx_batch.errors import CheckpointError, InvalidRow, JobError
-from ltx_batch.job import parse_job
+from ltx_batch.errors import CheckpointError, InvalidRow, JobError, RunStopped
+from ltx_batch.job import AttemptPolicy, parse_job
 from ltx_batch.model.room import GIB, room_to_encode, room_to_render
 from ltx_batch.model.text_key import TextIdentity, encoder_fingerprint
 from ltx_batch.paths import refuse_local, refuse_relative
 from ltx_batch.request import RenderRequest
 from ltx_batch.text_phase import _batches, _wanted
+from ltx_batch.text_tries import TextTries
+from ltx_batch.text_worker import Encoded
 
 FILES = {"text_encoder/model.safetensors": "a" * 64, "tokenizer/tokenizer.json": "b" * 64}
 IDENTITY = TextIdentity(encoder_fingerprint(FILES), "bfloat16")
@@ -101,18 +103,79 @@ def test_rows_without_clip_want_their_prompts_and_negative_ones_under_guidance()
         RenderRequest(prompt="c", guidance_scale=3.0, negative_prompt="n"),
         RenderRequest(prompt="d", guidance_scale=3.0, negative_prompt="n"),
     ]
-    assert list(_wanted(prepared(*requests, known={2}), planner)) == ["a", "n", "b", "d", "n"]
-    assert list(_wanted(prepared(RenderRequest(prompt="broken")), planner)) == ["broken"]
+    assert list(_wanted(prepared(*requests, known={2}), planner)) == ["a", "n", "b", "d", "n", None]
+    assert list(_wanted(prepared(RenderRequest(prompt="broken")), planner)) == ["broken", None]
 
 
 def test_a_text_is_asked_for_once() -> None:
-    texts = [f"{i % 20} " for i in range(100)] + ["0", " 21"]
-    assert list(_batches(iter(texts))) == [[str(i) for i in range(16)], ["16", "17", "18", "19", "21"]]
+    texts = [f"{i % 20} " for i in range(100)] + ["0", None, "", " 21", " "]
+    batches = [batch for batch in _batches(iter(texts)) if batch]
+    assert batches == [[str(i) for i in range(16)], ["16", "17", "18", "19", "", "21"]]
+
+
+def test_a_search_without_a_find_says_so_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else nobody would look whether the run is to drain."""
+    monkeypatch.setattr("ltx_batch.text_phase._POLL_S", 0.0)
+    assert list(_batches(iter(["a", None, "a", None]))) == [[], [], [], [], ["a"]]
+    slow: Future[Any] = Future()
+    texts = _wanted(iter([slow]), planner)
+    assert next(texts) is None, "a shard is being prepared"
+    slow.set_result(SimpleNamespace(wanted=[(0, "0", RenderRequest(prompt="a", guidance_scale=1), 0)], known={}))
+    assert list(texts) == ["a", None]
+
+
+# attempts of texts
+
+
+def tries(*batches: list[str], **policy: int) -> TextTries:
+    return TextTries(iter(batches), AttemptPolicy(**policy))
+
+
+def test_a_batch_that_raises_is_tried_again_text_by_text() -> None:
+    told = tries(["a", "b"], ["c"])
+    batch = told.next()
+    assert batch == ["a", "b"] and told.raised(0, batch, OSError("passing")) == Encoded()
+    again = [told.next(), told.next()]
+    assert sorted(again) == [["a"], ["b"]]
+    assert told.next() == ["c"] and told.next() is None
+    told.lost([["c"]])
+    assert told.next() == ["c"], "of a worker that died"
+
+
+def test_a_text_that_raises_by_itself_fails_in_the_end_and_no_other_with_it() -> None:
+    told = tries(["bad"], ["good"], max_attempts=3)
+    seen, failed = [], []
+    while (batch := told.next()) is not None:
+        seen.append(batch)
+        if batch == ["bad"]:
+            failed += told.raised(0, batch, RuntimeError("no")).failed
+        else:
+            told.done(0, batch)
+    assert seen.count(["bad"]) == 3 and seen.count(["good"]) == 1
+    assert failed == [("bad", "RuntimeError: no")]
+
+
+def test_a_worker_on_which_every_text_raises_stops_the_phase() -> None:
+    told = tries(*([str(index)] for index in range(9)), max_worker_deaths=3)
+    told.raised(0, ["0"], OSError("gone"))
+    told.raised(0, ["0"], OSError("gone"))
+    told.raised(0, ["1"], OSError("gone"))
+    told.done(0, ["2"])
+    for index in (3, 4):
+        told.raised(0, [str(index)], OSError("gone"))
+        told.raised(1, [str(index)], OSError("gone"))
+    with pytest.raises(RunStopped, match="prompts could not be encoded: OSError: gone"):
+        told.raised(0, ["5"], OSError("gone"))
+
+
+def test_what_no_other_attempt_can_mend_stops_the_phase_at_once() -> None:
+    with pytest.raises(RunStopped, match="CheckpointError: torn"):
+        tries().raised(0, ["a", "b"], CheckpointError("torn"))
 
 
 def test_what_is_remembered_of_a_phase_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ltx_batch.text_phase._KNOWN_TEXTS", 2)
-    assert list(_batches(iter(["a", "b", "a", "c", "a"]))) == [["a", "b", "c", "a"]]
+    assert [batch for batch in _batches(iter(["a", "b", "a", "c", "a"])) if batch] == [["a", "b", "c", "a"]]
 
 
 # jobs
