@@ -21,14 +21,15 @@ from typing import Any
 from ltx_batch.admission import Admission, PreparedShard
 from ltx_batch.books import Books, OpenShard
 from ltx_batch.errors import InvalidRow, JobError, ManifestError, RunStopped
+from ltx_batch.foresight import validate_job
 from ltx_batch.job import JobSpec
 from ltx_batch.ledger import Ledger
-from ltx_batch.manifest import Manifest, validate
+from ltx_batch.manifest import Manifest
 from ltx_batch.paths import check_paths, refuse_local
 from ltx_batch.pool import Died, Event, Finished, LocalPool, Pool, Started, StartFailed
 from ltx_batch.recipe import make_recipe, run_id, with_precision
 from ltx_batch.record import RenderRecord
-from ltx_batch.renderer import check_job, job_planner, layers_of, pinned, tokenizer_file
+from ltx_batch.renderer import check_job, pinned
 from ltx_batch.schedule import Breaker, Schedule, Task, Verdict
 from ltx_batch.storage import Storage
 from ltx_batch.tally import Summary, Tally
@@ -134,14 +135,7 @@ class _Run:
     def _check(self) -> dict[tuple[str, int], str]:
         """Look at the job's values and at every row; returns broken rules by file and row (only with skip_invalid), else raises."""
         check_job(self.job)
-        model, options = self.job.model, self.job.storage.options
-        found = validate(
-            self.manifest,
-            self.job,
-            tokenizer=tokenizer_file(model),
-            layers=lambda: layers_of(model, options),
-            planner=job_planner(model, options),
-        )
+        found = validate_job(self.manifest, self.job)
         whole = [issue for issue in found.errors if issue.row is None]
         if whole or (found.errors and not self.options.skip_invalid):
             raise ManifestError(found.errors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,18 +13,18 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ltx_batch.admission import Admission
-from ltx_batch.errors import CheckpointError, InvalidRow
-from ltx_batch.job import JobSpec
+from ltx_batch.errors import CheckpointError, InvalidRow, RowIssue, job_issue
+from ltx_batch.foresight import foresee, model_sizes
+from ltx_batch.job import JobSpec, ModelSpec
 from ltx_batch.ledger import Ledger
 from ltx_batch.manifest import COLUMNS, Manifest
 from ltx_batch.manifest.cells import Cells
 from ltx_batch.manifest.plans import PlanLookup
 from ltx_batch.manifest.rules import check
 from ltx_batch.model.forecast import Forecast, forecast, room_of
-from ltx_batch.model.memory import Work
+from ltx_batch.model.memory import ModelSizes, Work
 from ltx_batch.model.plan import Doubt, Plan
 from ltx_batch.recipe import job_precision, make_recipe, run_id, with_precision
-from ltx_batch.renderer import job_planner, job_sizes
 from ltx_batch.request import RenderRequest
 from ltx_batch.tally import Tally
 from ltx_batch.worker import open_output
@@ -86,7 +87,7 @@ class JobPlan:
     """`new` rows would be rendered, `done` have their clip, `failed` wait for `retry`, `invalid` break the contract.
 
     `done` and `failed` are None where keys cannot be made, which `note` explains. `other_rows` are of more sizes than
-    `shapes` tells.
+    `shapes` tells. `warnings` say what was assumed, what could not be told and why, and what is wrong with the model.
     """
 
     new: int
@@ -97,6 +98,7 @@ class JobPlan:
     estimate: Estimate
     other_rows: int = 0
     note: str | None = None
+    warnings: tuple[RowIssue, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         data = asdict(self)
@@ -108,9 +110,11 @@ def make_plan(job: JobSpec) -> JobPlan:
     """Raises JobError or ManifestError where nothing could be planned."""
     manifest = Manifest.open(job.manifest, options=job.storage.options)
     ledger = Ledger(open_output(job))
-    lookup = PlanLookup(_planner(job), job.defaults)
+    seen = foresee(job.model, job.storage.options)
+    lookup = PlanLookup(partial(_planned, seen.planner), job.defaults)
     survey = _survey(job, manifest, lookup)
     found = _compare(job, manifest, ledger, survey, lookup)
+    sizes, unsized = _sizes(job.model, job.storage.options)
     known, invalid = found.new is not None, survey.invalid + found.unusable
     new = found.new or Counter()
     return JobPlan(
@@ -118,10 +122,11 @@ def make_plan(job: JobSpec) -> JobPlan:
         done=found.done if known else None,
         failed=found.failed if known else None,
         invalid=invalid,
-        shapes=tuple(_with_memory(job, survey, _with_new(survey.rows, new if known else None))),
+        shapes=tuple(_with_memory(job, sizes, survey, _with_new(survey.rows, new if known else None))),
         estimate=_estimate(job, ledger, found.recipe, new) if known else Estimate(note=found.note),
         other_rows=survey.other_rows,
         note=found.note,
+        warnings=(*seen.errors, *seen.unchecked, *seen.assumed, *unsized),
     )
 
 
@@ -169,14 +174,9 @@ class _Survey:
         self.works[planned.kind] = _larger(self.works.get(planned.kind, work), work)
 
 
-def _planner(job: JobSpec) -> Callable[[RenderRequest], _Planned]:
-    plan_of = job_planner(job.model, job.storage.options)
-
-    def planner(request: RenderRequest) -> _Planned:
-        plan = plan_of(request)
-        return _Planned(plan, (_size(request), _passes(plan)))
-
-    return planner
+def _planned(planner: Callable[[RenderRequest], Plan], request: RenderRequest) -> _Planned:
+    plan = planner(request)
+    return _Planned(plan, (_size(request), _passes(plan)))
 
 
 def _survey(job: JobSpec, manifest: Manifest, lookup: PlanLookup) -> _Survey:
@@ -220,11 +220,20 @@ def _larger(one: Work, other: Work) -> Work:
     return replace(one, encoded_frames=frames, conditioned=one.conditioned or other.conditioned)
 
 
-def _with_memory(job: JobSpec, survey: _Survey, shapes: Iterator[Shape]) -> Iterator[Shape]:
+def _sizes(model: ModelSpec, options: Mapping[str, Any]) -> tuple[ModelSizes | None, list[RowIssue]]:
+    """How large the model is, where rows take a GPU's memory; or why that is not known."""
+    if model.renderer == "fake" or model.device == "cpu":
+        return None, []
+    try:
+        return model_sizes(model, options), []
+    except CheckpointError as error:
+        return None, [job_issue("model.checkpoint", model.checkpoint, f"memory is not told: {error}")]
+
+
+def _with_memory(job: JobSpec, sizes: ModelSizes | None, survey: _Survey, shapes: Iterator[Shape]) -> Iterator[Shape]:
     """What each shape takes of a GPU, where one is asked for and the checkpoint is on this machine."""
     model = job.model
-    sizes = job_sizes(model, job.storage.options)
-    if sizes is None or model.device == "cpu":
+    if sizes is None:
         yield from shapes
         return
     room = room_of(model.device_memory_gib, max(1, int(job.worker.num_gpus or 1)))

@@ -17,14 +17,10 @@ from ltx_batch.lora import Shapes
 from ltx_batch.model.expected import Expected, check_config
 from ltx_batch.model.frames import load_media
 from ltx_batch.model.layers import transformer_layers, transformer_stored
-from ltx_batch.model.memory import ModelSizes
-from ltx_batch.model.parts import open_checkpoint
-from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config
+from ltx_batch.model.pipeline_config import PipelineConfig
 from ltx_batch.model.placement import check_name
 from ltx_batch.model.plan import Plan, plan_request
 from ltx_batch.model.quantize import policy
-from ltx_batch.model.sigmas import SchedulerConfig
-from ltx_batch.model.sizes import sizes_of
 from ltx_batch.model.sources import Sources, find_sources
 from ltx_batch.model.text_key import TextIdentity, encoder_fingerprint
 from ltx_batch.request import RenderRequest
@@ -261,46 +257,6 @@ def load_planner(
     return partial(plan_request, config=config, scheduler=sources.schedule(options))
 
 
-def job_planner(model: ModelSpec, options: Mapping[str, Any] | None = None) -> Callable[[RenderRequest], Plan]:
-    """The planner of a job. Without its checkpoint at hand the scheduler is taken to be a plain one, as that of the newer
-    releases is. Raises JobError where the pipeline config is wrong."""
-    if model.renderer == "ltx":
-        try:
-            return load_planner(model.checkpoint or "", pipeline_config=model.pipeline_config, options=options)
-        except CheckpointError:
-            pass
-    config = load_pipeline_config(model.pipeline_config, options=options)
-    return partial(plan_request, config=config, scheduler=SchedulerConfig())
-
-
-def job_sizes(model: ModelSpec, options: Mapping[str, Any] | None = None) -> ModelSizes | None:
-    """How large a job's model is, from the headers of its files; None where they are not on this machine. `auto` is taken
-    as on a GPU, unless the device is cpu."""
-    if model.renderer == "fake" or not model.checkpoint:
-        return None
-    device = "cpu" if model.device == "cpu" else "cuda"
-    try:
-        sources, config = _find(model.checkpoint, model.pipeline_config, None, model.upsampler, options)
-        checkpoint, upsampler = Path(sources.checkpoint), None if sources.upsampler is None else Path(sources.upsampler)
-        if not checkpoint.exists() or (upsampler is not None and not upsampler.exists()):
-            return None
-        opened = open_checkpoint(checkpoint, upsampler=upsampler)
-        stored = opened.transformer.stored
-        name: str = model.precision
-        if name == "auto":
-            name = stored.name if stored else resolve_precision(name, device, config)
-        chosen = (stored.policy if stored else policy.precision)(
-            name,
-            device,
-            skip=model.skip_modules,
-            hadamard_group=model.hadamard_group,
-            keep_blocks=model.keep_blocks,
-        )
-        return sizes_of(opened, chosen)
-    except CheckpointError:
-        return None
-
-
 def _find(
     checkpoint: str,
     pipeline_config: str | None,
@@ -384,16 +340,6 @@ def local_text_encoder(
     sources, _ = _find(model.checkpoint or "", model.pipeline_config, model.text_encoder, model.upsampler, options)
     folder = sources.local_text_encoder(options)
     return folder, _expected(recipe, sources, folder, folder, None)
-
-
-def tokenizer_file(model: ModelSpec) -> Path | None:
-    """The model's tokenizer.json, else its spiece.model, where they lie on this machine, for counting tokens without the
-    model; else None."""
-    named = model.text_encoder or model.checkpoint
-    if not named or model.renderer == "fake":
-        return None
-    places = [Path(resolve_checkpoint(named), "tokenizer", name) for name in ("tokenizer.json", "spiece.model")]
-    return next((place for place in places if place.is_file()), None)
 
 
 def layers_of(model: ModelSpec, options: Mapping[str, Any] | None = None) -> Shapes | None:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from ltx_batch.cli.options import AsJson, Asked, JobFile, ManifestUri, OutputUri, Overrides, SkipInvalid, asked
-from ltx_batch.cli.output import counts, duration, print_errors, print_json, print_places, print_summary
+from ltx_batch.cli.options import AsJson, Asked, JobFile, ManifestUri, OutputUri, Overrides, SkipInvalid, asked, program
+from ltx_batch.cli.output import after_failures, counts, duration, print_errors, print_json, print_places, print_summary
 
 if TYPE_CHECKING:
     from ltx_batch.driver import RunOptions
@@ -89,24 +89,18 @@ def validate(
     as_json: AsJson = False,
 ) -> int:
     """Check a job file and every row of its manifest, without starting anything. Exit code 2 where rows are bad."""
+    from ltx_batch.foresight import validate_job
     from ltx_batch.manifest import Manifest
-    from ltx_batch.manifest import validate as check
-    from ltx_batch.renderer import check_job, job_planner, layers_of, tokenizer_file
+    from ltx_batch.renderer import check_job
 
     job = asked(job_file, manifest, output, overrides, skip_invalid, as_json).load()
     check_job(job)
-    options = job.storage.options
-    found = check(
-        Manifest.open(job.manifest, options=options),
-        job,
-        tokenizer=tokenizer_file(job.model),
-        layers=lambda: layers_of(job.model, options),
-        planner=job_planner(job.model, options),
-    )
+    found = validate_job(Manifest.open(job.manifest, options=job.storage.options), job)
     _print_validation(found, sys.stderr if as_json else sys.stdout)
     if as_json:
         print_json(found.as_dict())
-    return 2 if found.error_count and not skip_invalid else 0
+    of_job = any(issue.row is None for issue in found.errors)  # which no run would skip
+    return 2 if of_job or (found.error_count and not skip_invalid) else 0
 
 
 def _print_validation(found: Validation, to: TextIO) -> None:
@@ -173,7 +167,7 @@ def status(
     if found.state in ("not started", "silent", "stopped"):
         print(f"next     {wanted.command('run')}")
     elif found.state == "finished" and found.failed:
-        print(f"next     {wanted.command('retry')}")
+        print(f"next     {after_failures(wanted, found.failed, found.top_errors)}")
     return 0
 
 
@@ -199,7 +193,6 @@ def report(
     print(f"{sheet.ok} of {sheet.rows} rows ok{more}")
     print_places(job.output, sheet.run, sys.stdout)
     print(f"sheet    {sheet.path}")
-    print(
-        'next     ltx-batch render "a blue square moves up over a white background" -o clip.mp4   # a clip of your own'
-    )
+    own = f'{program("ltx-batch")} render "a blue square moves up over a white background" -o clip.mp4'
+    print(f"next     {own}   # a clip of your own")
     return 0

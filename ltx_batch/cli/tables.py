@@ -26,6 +26,8 @@ def print_plan(found: JobPlan) -> None:
     for line in (*_schedules(found.shapes), *_memory(found.shapes)):
         console.print(line, markup=False)
     console.print(_estimated(found.estimate))
+    for warning in found.warnings:
+        console.print(f"warning: {warning}", markup=False)
     for note in {found.note, found.estimate.note} - {None}:
         console.print(f"note: {note}", markup=False)
     if found.other_rows:

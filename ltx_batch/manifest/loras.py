@@ -52,6 +52,7 @@ class LoraLookup:
         self._options, self._limit = options, limit
         self._layers = functools.cache(layers)  # asked for when there is a file to hold against them
         self._faults: dict[str, str | None] = {}
+        self.unfitted = False  # there was a file, and no layers to hold it against
 
     def faults(self, cells: Cells, folder: str) -> list[Fault]:
         """A fault for every row and file that is missing, is no LoRA or does not fit; paths start from `folder`."""
@@ -80,6 +81,7 @@ class LoraLookup:
         except LoraError as error:
             return str(error)
         shapes = self._layers()
+        self.unfitted = self.unfitted or shapes is None
         misfits = [] if shapes is None else file.misfits(shapes)
         return f"{uri}: {'; '.join(misfits)}" if misfits else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -67,22 +67,26 @@ def validate(
     job: JobSpec,
     *,
     tokenizer: Path | None,
-    layers: Callable[[], Shapes | None] = lambda: None,
+    layers: Callable[[], Shapes | None] | None = None,
     planner: Planner | None = None,
+    errors: Sequence[RowIssue] = (),
+    warnings: Sequence[RowIssue] = (),
 ) -> Validation:
     """Check every row, and what only the whole manifest shows: repeated row_ids and missing media.
 
     `tokenizer` is a tokenizer.json or a spiece.model; None leaves unchecked whether prompts can be read whole. `layers`
-    gives the transformer's linear layers, and is asked where there are LoRA files; None leaves unchecked whether they fit.
+    gives the transformer's linear layers, and is asked where there are LoRA files; None leaves unchecked whether they fit,
+    which is a warning where it comes from `layers`. `errors` and `warnings` are those known before.
     `planner` answers a request with its plan, or raises InvalidRow; without it no row is held against the pipeline config.
     A value of the job that breaks a rule is told once, with JOB_FILE for a file. Raises CheckpointError for a tokenizer or
     a LoRA file of the job that cannot be used.
     """
-    loras = LoraLookup(job.storage.options, layers)
+    loras = LoraLookup(job.storage.options, layers or (lambda: None))
     check_files(job_loras(job), loras)
     found = Validation(manifest.rows)
     of_defaults = check_defaults(job.defaults)
-    found.add_errors(of_defaults, len(of_defaults))
+    found.add_errors([*errors, *of_defaults], len(errors) + len(of_defaults))
+    found.add_warnings(warnings, len(warnings))
     plans = PlanLookup(None if of_defaults else planner, job.defaults)
     of_job = JobTold(job)
     media, tokens, ids = MediaLookup(job.storage.options), TokenCounter(tokenizer), RowIds(manifest)
@@ -106,6 +110,8 @@ def validate(
     found.errors += repeated
     found.error_count += len(repeated)
     about_all = _look_alikes(manifest) + _unseeded(manifest, unseeded, job.defaults.seed)
+    if layers is not None and loras.unfitted:
+        about_all.append(job_issue("model.checkpoint", job.model.checkpoint, _UNFITTED))
     if tokens.note is not None:
         about_all.append(RowIssue(manifest.uri, None, None, "prompt", None, tokens.note))
     found.add_warnings(about_all, len(about_all))
@@ -174,6 +180,7 @@ class RowIds:
         return issues
 
 
+_UNFITTED = "LoRA files are not held against the transformer: its files are not at hand"
 _NO_NAMES = f"more than {MAX_REPEATS} rows repeat another row's: rename the column if it does not name rows"
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from ltx_batch.errors import CheckpointError, JobError
+from ltx_batch.foresight import tokenizer_file
 from ltx_batch.job import ModelSpec
-from ltx_batch.renderer import PACKAGED, checkpoint_fingerprint, load_planner, resolve_checkpoint, tokenizer_file
+from ltx_batch.renderer import PACKAGED, checkpoint_fingerprint, load_planner, resolve_checkpoint
 from ltx_batch.request import RenderRequest
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -26,7 +27,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_fingerprints_and_plans_load_no_torch(tiny: Path) -> None:
     code = (
-        "import sys; from ltx_batch.renderer import *; from ltx_batch.job import ModelSpec; from ltx_batch.request import RenderRequest;"
+        "import sys; from ltx_batch.renderer import *; from ltx_batch.foresight import tokenizer_file; from ltx_batch.job import ModelSpec; from ltx_batch.request import RenderRequest;"
         "checkpoint_fingerprint(sys.argv[1]); tokenizer_file(ModelSpec(checkpoint=sys.argv[1])); resolve_precision('auto', 'cpu');"
         "assert load_planner(sys.argv[1])(RenderRequest(prompt='a')).passes[0].calls == 2;"
         "print([name for name in ('torch', 'diffusers', 'transformers', 'ray') if name in sys.modules])"
@@ -86,7 +87,6 @@ def test_names(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_tokenizers_file_is_found_where_it_is_local(tiny: Path) -> None:
-    assert tokenizer_file(ModelSpec(checkpoint=str(tiny))) == tiny / "tokenizer" / "tokenizer.json"
-    assert tokenizer_file(ModelSpec(checkpoint="s3://bucket/weights")) is None
-    assert tokenizer_file(ModelSpec(checkpoint="someone/model")) is None
-    assert tokenizer_file(ModelSpec()) is None
+    assert tokenizer_file(ModelSpec(checkpoint=str(tiny))) == (tiny / "tokenizer" / "tokenizer.json", [])
+    for model in (ModelSpec(checkpoint="s3://bucket/weights"), ModelSpec(checkpoint="someone/model"), ModelSpec()):
+        assert tokenizer_file(model)[0] is None

@@ -12,8 +12,8 @@ import yaml
 from ltx_batch.cli import main
 from ltx_batch.driver import run
 from ltx_batch.job import JobSpec, parse_job
+from ltx_batch.model.plan import plan_request
 from ltx_batch.plan import make_plan
-from ltx_batch.renderer import job_planner
 from ltx_batch.request import RenderRequest
 
 
@@ -131,8 +131,8 @@ def test_rows_that_cannot_be_rendered_are_not_new(tmp_path: Path) -> None:
 
 def test_rows_are_planned_once_for_each_of_their_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planned: list[RenderRequest] = []
-    plan_of = job_planner(JobSpec(manifest="m", output="o").model)
-    monkeypatch.setattr("ltx_batch.plan.job_planner", lambda *_: lambda one: planned.append(one) or plan_of(one))
+    plan_of = plan_request
+    monkeypatch.setattr("ltx_batch.foresight.plan_request", lambda one, **how: planned.append(one) or plan_of(one, **how))
     rows = [{"prompt": f"{n}", "height": 64 + 32 * (n % 3), "guidance_scale": 1 + n / 10} for n in range(90)]
     found = make_plan(make_job(tmp_path, rows))
     assert found.new == 90 and len(planned) == 4, "three heights, and of one of them a row without guidance"

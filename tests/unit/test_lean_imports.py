@@ -41,6 +41,8 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Tokenizer(WordLevel({"red": 0, "[UNK]": 1}, "[UNK]")).save(
         str(folder / "checkpoint" / "tokenizer" / "tokenizer.json")
     )
+    (folder / "checkpoint" / "scheduler").mkdir()
+    (folder / "checkpoint" / "scheduler" / "scheduler_config.json").write_text("{}")
     (folder / "picture.png").write_bytes(b"\x89PNG")
     media = [["picture.png"] if row % 2 else None for row in range(1000)]
     columns = {

@@ -10,10 +10,10 @@ import pytest
 
 from ltx_batch.driver import RunOptions, run
 from ltx_batch.errors import ManifestError
+from ltx_batch.foresight import foresee, validate_job
 from ltx_batch.job import JobSpec, parse_job
 from ltx_batch.manifest import Manifest, Validation, resolve_rows, validate
 from ltx_batch.model.plan import Plan
-from ltx_batch.renderer import job_planner
 from ltx_batch.request import RenderRequest
 
 
@@ -25,7 +25,7 @@ def make_job(folder: Path, rows: list[dict[str, Any]], pipeline_config: str, **d
 
 
 def check(job: JobSpec) -> Validation:
-    found = validate(Manifest.open(job.manifest), job, tokenizer=None, planner=job_planner(job.model))
+    found = validate_job(Manifest.open(job.manifest), job)
     found.warnings = [issue for issue in found.warnings if issue.column != "seed"]
     return found
 
@@ -62,7 +62,7 @@ def test_each_row_is_told_with_column_and_rule(tmp_path: Path) -> None:
 def test_a_value_of_the_job_is_told_once_and_rows_with_other_faults_are_left_alone(tmp_path: Path) -> None:
     rows = [{"seed": 1}, {"height": 128, "width": 128}, {"height": -4}, {"num_inference_steps": 9}]
     job = make_job(tmp_path, rows, "ltxv-13b-0.9.8-distilled", num_inference_steps=8)
-    found = validate(Manifest.open(job.manifest), job, tokenizer=None, planner=job_planner(job.model)).errors
+    found = check(job).errors
     assert [(issue.file, issue.row, issue.column, issue.value) for issue in found] == [
         (job.manifest, 2, "height", -4),
         (job.manifest, 3, "num_inference_steps", 9),
@@ -77,7 +77,7 @@ def test_a_value_of_the_pipeline_config_is_told_once(tmp_path: Path) -> None:
     config = tmp_path / "late.yaml"
     config.write_text("num_inference_steps: 10\nskip_initial_inference_steps: 5\nstg_scale: 0\n")
     job = make_job(tmp_path, [{"seed": 1}, {"seed": 2}, {"stg_scale": 1}], str(config))
-    found = validate(Manifest.open(job.manifest), job, tokenizer=None, planner=job_planner(job.model)).errors
+    found = check(job).errors
     assert [(issue.row, issue.column, issue.value) for issue in found] == [
         (2, "stg_scale", 1.0),
         (None, "model.pipeline_config", str(config)),
@@ -146,7 +146,7 @@ def test_combinations_are_planned_once(tmp_path: Path) -> None:
     planned: list[RenderRequest] = []
     rows = [{"seed": n, "height": 64 + 32 * (n % 3), "guidance_scale": 1.5 + n / 100} for n in range(300)]
     job = make_job(tmp_path, rows, "ltxv-2b-0.9.5")
-    plan = job_planner(job.model)
+    plan = foresee(job.model).planner
 
     def planner(request: RenderRequest) -> Plan:
         planned.append(request)

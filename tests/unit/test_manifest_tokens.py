@@ -13,10 +13,10 @@ from manifest_files import write
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from ltx_batch.errors import CheckpointError
+from ltx_batch.foresight import tokenizer_file
 from ltx_batch.job import JobSpec, ModelSpec
 from ltx_batch.manifest import Manifest, Validation, tokens, validate
 from ltx_batch.manifest.tokens import share_in
-from ltx_batch.renderer import tokenizer_file
 
 ENGLISH, CHINESE = "a red circle moves right", "一个红色的圆圈向右移动"
 
@@ -135,8 +135,8 @@ def test_a_spiece_model_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_a_checkpoints_tokenizer_is_found_in_either_form(tmp_path: Path) -> None:
     model = ModelSpec(checkpoint=str(tmp_path))
-    assert tokenizer_file(model) is None
+    assert tokenizer_file(model)[0] is None
     old = spiece(tmp_path / "tokenizer")
-    assert tokenizer_file(model) == old
+    assert tokenizer_file(model) == (old, [])
     new = unigram(tmp_path / "tokenizer", byte_fallback=False)
-    assert tokenizer_file(model) == new, "the fast one, where there are both"
+    assert tokenizer_file(model) == (new, []), "the fast one, where there are both"
