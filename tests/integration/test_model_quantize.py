@@ -82,6 +82,13 @@ def test_what_is_told_of_a_precision(transformer: Any) -> None:
     assert quantize_model(transformer, precision("fp32", "cpu"), CPU) == {}
 
 
+def test_counts_and_bytes_are_logged(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "ltx_batch")
+    ran = load_renderer(str(tiny), device="cpu", precision="int8").render([REQUEST])[0].ran
+    line = next(record.getMessage() for record in caplog.records if record.getMessage().startswith("int8: "))
+    assert line == f"int8: quantized_layers 16, skipped_layers 4, hadamard_group 64, saved_bytes {ran['saved_bytes']}"
+
+
 def test_skipped_layers_stay(transformer: Any) -> None:
     policy = precision("int8", "cpu", skip=("ff.net.2", "transformer_blocks.1.attn2"))
     found = quantize_model(transformer, policy, CPU)
