@@ -67,7 +67,9 @@ def _call(commands: typer.Typer, argv: Sequence[str], name: str) -> int:
         if hasattr(
             error, "format_message"
         ):  # click's own errors; typer may carry a copy of click, with its own classes
-            return _fail(f"{error.format_message()}\n`{name} --help` lists the options.", 2, as_json)
+            context = getattr(error, "ctx", None)
+            path = name if context is None else context.command_path
+            return _fail(f"{error.format_message()}\n`{path} --help` lists the options.", 2, as_json)
         traceback.print_exc()
         return _fail(f"{type(error).__name__}: {error}", _STOPPED, as_json)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -61,15 +63,26 @@ class Asked:
         return words + ["--skip-invalid"] * self.skip_invalid + ["--json"] * self.as_json
 
     def command(self, verb: str) -> str:
-        """A line that does `verb` to the same job."""
+        """A line that does `verb` to the same job, as this shell takes it."""
         words = [word for word in self.arguments() if word != "--json"]
-        start = ["python", "submit.py"] if verb == "run" else ["ltx-batch", verb]
+        typed_submit = verb == "run" and Path(sys.argv[0]).name == "submit.py"
+        start = [program("python"), sys.argv[0]] if typed_submit else [program("ltx-batch"), verb]
         return shlex.join([*start, self.name, *words])
 
     def _uris(self) -> list[str]:
         """JSON strings are YAML strings, whatever characters a path holds."""
         named = (("manifest", self.manifest), ("output", self.output))
         return [f"{name}={json.dumps(uri)}" for name, uri in named if uri is not None]
+
+
+def program(name: str) -> str:
+    """`name`, or its path beside this Python where the shell would find none or another: `make demo` leaves .venv inactive."""
+    beside = Path(sys.executable).parent / name
+    found = shutil.which(name)
+    if not beside.exists() or (found is not None and Path(found).parent == beside.parent):
+        return name
+    here = Path.cwd()
+    return str(beside.relative_to(here) if beside.is_relative_to(here) else beside)
 
 
 def asked(

@@ -33,7 +33,7 @@ def counts(told: Mapping[str, Any]) -> str:
     seconds = "" if told.get("seconds") is None else f", in {duration(told['seconds'])}"
     gpu = f", {told['gpu_seconds'] / 3600:.2f} GPU-hours" if told.get("gpu_seconds") else ""
     cost = "" if told.get("cost") is None else f", cost {told['cost']:.2f}"
-    ok = f"{told['ok']} ok ({told['rendered']} rendered now, {told['reused']} from before)"
+    ok = f"{told['ok']} ok ({told['rendered']} rendered, {told['reused']} reused)"
     return f"{told['rows']} rows: {ok}, {told['failed']} failed{seconds}{gpu}{cost}"
 
 
@@ -58,9 +58,16 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def after_failures(asked: Asked, failed: int, errors: Iterable[Sequence[Any]]) -> str:
+    """What to type where rows failed. Another try helps no row that breaks a rule."""
+    if sum(count for message, count in errors if message.startswith("InvalidRow:")) == failed:
+        return f"{asked.command('validate')}   # names the rows to mend; then run again"
+    return f"{asked.command('retry')}   # tries the failed rows again"
+
+
 def _next(asked: Asked, summary: Summary) -> str:
     if summary.stopped:
         return f"{asked.command('run')}   # goes on where this stopped"
     if summary.failed:
-        return f"{asked.command('retry')}   # tries the failed rows again"
+        return after_failures(asked, summary.failed, summary.top_errors)
     return f"{asked.command('report')}   # draws a contact sheet of the clips"

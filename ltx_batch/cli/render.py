@@ -130,7 +130,7 @@ def render(
         print_json(_facts(clip, request, output, seconds))
     else:
         frames, rows, columns, _ = clip.frames.shape
-        print(f"{output}: {columns}x{rows}, {frames} frames at {clip.frame_rate:g} Hz, in {duration(seconds)}")
+        print(f"{output}: {columns}x{rows}, {_counted(frames)} at {clip.frame_rate:g} Hz, in {duration(seconds)}")
     return 0
 
 
@@ -209,6 +209,10 @@ def _output_faults(output: Path, num_frames: int | None) -> list[str]:
         place = output if output.is_dir() else there
         faults.append(f"-o {output}: {place} is {'a' if output.is_dir() else 'no'} folder that can be written to")
     return faults
+
+
+def _counted(frames: int) -> str:
+    return f"{frames} frame{'' if frames == 1 else 's'}"
 
 
 def _is_picture(output: Path) -> bool:

@@ -112,7 +112,7 @@ def test_first_ctrl_c_drains_and_says_so(tmp_path: Path) -> None:
     summary = json.loads(printed)
     assert 0 < summary["ok"] < 40
     assert "the same command again goes on" in summary["stopped"]
-    assert f"next     python submit.py {job}" in terminal.seen.replace("\r", "")
+    assert f"ltx-batch run {job}" in terminal.seen.replace("\r", "")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -23,7 +23,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def render(checkpoint: Path, output: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
-    size = ["--height", "64", "--width", "96", "--num-inference-steps", "2", "--guidance-scale", "1"]
+    steps = [] if "--timesteps" in words else ["--num-inference-steps", "2"]
+    size = ["--height", "64", "--width", "96", *steps, "--guidance-scale", "1"]
     named = ["--checkpoint", str(checkpoint), "--device", "cpu", "--json"]
     assert main(["render", "a red circle", "-o", str(output), *size, *named, *words]) == 0
     return dict(json.loads(capsys.readouterr().out.splitlines()[-1]))
@@ -92,7 +93,7 @@ def test_words_for_people(checkpoint: Path, tmp_path: Path, capsys: pytest.Captu
     words = ["--height", "64", "--width", "64", "--num-inference-steps", "1", "--checkpoint", str(checkpoint)]
     output = tmp_path / "frame.png"
     assert main(["render", "a red circle", "-o", str(output), *words, "--device", "cpu"]) == 0
-    assert capsys.readouterr().out.startswith(f"{output}: 64x64, 1 frames at 30 Hz, in ")
+    assert capsys.readouterr().out.startswith(f"{output}: 64x64, 1 frame at 30 Hz, in ")
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -44,6 +45,11 @@ def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return dict(json.loads(capsys.readouterr().out.splitlines()[-1]))
 
 
+def next_line(printed: str) -> str:
+    (line,) = [line for line in printed.splitlines() if line.startswith("next     ")]
+    return line
+
+
 def test_run_ends_with_its_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = write_job(tmp_path, "one", "two", gpu_hour_price=3.0)
     assert main(["run", job, "--json"]) == 0
@@ -72,7 +78,7 @@ def test_run_says_where_things_are_and_what_to_type_next(tmp_path: Path, capsys:
     shards = re.search(r"rows     (\S+)\*\.parquet", printed)
     assert shards is not None
     assert list(Path(shards[1]).glob("*.parquet"))
-    assert f"next     ltx-batch retry {job} --set defaults.num_frames=5" in printed
+    assert f"ltx-batch retry {job} --set defaults.num_frames=5" in next_line(printed)
     assert "2/2 rows, 1 failed, 1/1 shards" in told
 
 
@@ -115,7 +121,7 @@ def test_job_from_standard_input(
     text = Path(write_job(tmp_path, "one")).read_text()
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
     assert main(["run", "-"]) == 0
-    assert "next     ltx-batch report JOB.yaml" in capsys.readouterr().out
+    assert "ltx-batch report JOB.yaml" in next_line(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +132,7 @@ def test_job_from_standard_input(
         (["run", "{job}", "--set", "workers"], "write it as key=value"),
         (["run", "{job}", "--manifest", "{folder}/absent.parquet"], "absent.parquet"),
         (["run", "{job}", "--nonsense"], "No such option"),
+        (["run", "{job}", "--nonsense"], "`ltx-batch run --help` lists the options"),
         (["run"], "Missing argument"),
         (["rnu", "{job}"], "No such command"),
         (["run", "{job}", "--address", "ray://head:10001"], "give the address of Ray's job server"),
@@ -146,6 +153,28 @@ def test_bad_input_exits_2_with_its_reason(
     assert said in told
     assert "Traceback" not in told
     assert not (tmp_path / "out").exists(), "nothing was started"
+
+
+@pytest.mark.parametrize(("path", "start"), [("{bin}:/usr/bin", "ltx-batch"), ("/usr/bin", "{bin}/ltx-batch")])
+def test_what_to_type_next_is_found_by_the_shell(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, path: str, start: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", path.format(bin=folder))
+    job = write_job(tmp_path, "one")
+    assert main(["status", job]) == 0
+    assert next_line(capsys.readouterr().out) == f"next     {start.format(bin=folder)} run {job}"
+
+
+def test_submit_without_its_libraries_says_what_to_do(tmp_path: Path) -> None:
+    """As with a Python that is not .venv's."""
+    root = Path(__file__).resolve().parents[2]
+    bare = [sys.executable, "-S", str(root / "submit.py"), "job.yaml"]  # -S: no site-packages
+    result = subprocess.run(bare, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 2
+    assert "make install" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_http_ray_address_is_caught(
@@ -196,8 +225,12 @@ def test_run_refuses_bad_rows_unless_they_may_be_skipped(tmp_path: Path, capsys:
     assert [error["row"] for error in refused["errors"]] == [1]
     assert "--skip-invalid" in refused["error"]
     assert main(["run", job, "--skip-invalid", "--json"]) == 1
-    summary = last_json(capsys)
+    printed, told = capsys.readouterr()
+    summary = json.loads(printed)
     assert (summary["ok"], summary["failed"]) == (1, 1)
+    assert "ltx-batch validate" in next_line(told), "another try helps no row that breaks a rule"
+    assert main(["status", job]) == 0
+    assert "ltx-batch validate" in next_line(capsys.readouterr().out)
 
 
 def test_status_from_the_output_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -217,7 +250,7 @@ def test_status_from_the_output_alone(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["status", job]) == 0
     printed = capsys.readouterr().out
     assert "finished, last heartbeat" in printed
-    assert f"next     ltx-batch retry {job}" in printed
+    assert f"ltx-batch retry {job}" in next_line(printed)
 
 
 @pytest.mark.parametrize(("age_s", "said"), [(3, "running, last heartbeat 3."), (300, "the driver seems dead")])
