@@ -176,6 +176,8 @@ class _QuantizedText:
 
 def sharded(renders: Renders, verb: str) -> None:
     """13B in bf16: on one GPU without a limit, and dealt over two with 16 GiB of each."""
+    if not renders.bench.tiny and torch.cuda.device_count() != 2:
+        sys.exit("sharded wants two GPUs: CUDA_VISIBLE_DEVICES=0,1 on a machine that has them")
     policy = renders.policy("bf16")
     subject = renders.subject("13b", policy, placement="resident")
     one = subject.measure(renders.size(HD), renders.bench.rounds)
