@@ -78,7 +78,7 @@ class ModelSpec(_Section):
         None, description="int8 only: inputs that are rotated together before rounding; 0 for none, None: 64"
     )
     keep_blocks: int | None = Field(
-        None, ge=0, description="blocks at each end that stay unquantised; None: one in fourteen"
+        None, ge=0, description="blocks at each end that stay unquantised; None: one in fourteen, at most two"
     )
     loras: tuple[LoraSpec, ...] = Field(
         (), description="LoRA files of rows that have none of their own: path and weight, or PATH[:WEIGHT]"

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ltx_batch.cli.options import AsJson
-from ltx_batch.cli.output import print_json
+from ltx_batch.cli.output import print_json, unwritable
+from ltx_batch.errors import JobError
 
 _GIB = 2**30
 
@@ -22,7 +23,7 @@ def quantize(
     ] = None,
     hadamard_group: Annotated[int | None, typer.Option(help="int8 only: 0, 64 or 256; 64 by default.")] = None,
     keep_blocks: Annotated[
-        int | None, typer.Option(help="Blocks at each end that stay; one in fourteen by default.")
+        int | None, typer.Option(help="Blocks at each end that stay; one in fourteen, at most two, by default.")
     ] = None,
     upsampler: Annotated[str | None, typer.Option(help="A spatial upscaler to put beside it.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda: where weights are rounded.")] = "auto",
@@ -36,6 +37,8 @@ def quantize(
     from ltx_batch.model.sources import find_sources
     from ltx_batch.renderer import resolve_checkpoint
 
+    if reason := unwritable(folder):
+        raise JobError(f"{folder}: {reason}")
     place = pick_device(device)
     # What stays unquantised keeps the checkpoint's own numbers, so the policy is that of a GPU everywhere.
     policy = make_policy(

@@ -21,7 +21,7 @@ from ltx_batch.model.quantize.block import FusedBlock, fuse_blocks
 from ltx_batch.model.quantize.policy import precision
 from ltx_batch.model.quantize.rope import HalfRope, whole
 from ltx_batch.model.quantize.swap import quantize_model
-from ltx_batch.model.quantize.text_rows import text_kept
+from ltx_batch.model.quantize.text_rows import TextRows, text_kept
 from ltx_batch.request import LoraRef
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -260,6 +260,58 @@ def test_a_prompt_is_worked_on_once_a_clip(loaded: Any, policy: str) -> None:
     assert made == [2, 1]
     call(fused, rows=2, texts=batches[1])
     assert made == [2, 1, 2]  # and nothing is kept outside
+
+
+def masks_and_tokens(model: Any) -> list[tuple[bool, int]]:
+    """Of every call of a block, whether attention to the prompt had a mask, and how many tokens it read."""
+    seen: list[tuple[bool, int]] = []
+    block = model.transformer_blocks[1]
+    attend = block._attend_text
+
+    def told(hidden: Any, lines: Any, keys: Any, values: Any, mask: Any, shape: Any) -> Any:
+        seen.append((mask is not None, keys.shape[1]))
+        return attend(hidden, lines, keys, values, mask, shape)
+
+    block._attend_text = told
+    return seen
+
+
+def test_what_only_pads_a_prompt_is_not_read(loaded: Any) -> None:
+    _, fused = pair(loaded, {})
+    texts = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(4))
+    expected = [call(fused, rows=rows, texts=texts[:rows]) for rows in (1, 2, 1)]
+    seen = masks_and_tokens(fused)
+    made = projections(fused)
+    with text_kept(fused):
+        for rows, right in zip((1, 2, 1), expected, strict=True):
+            assert distance(call(fused, rows=rows, texts=texts[:rows]), right) < 1e-6
+    assert seen == [(False, 3), (True, 5), (False, 3)]  # three tokens, then a row of five beside it
+    assert made == [1, 2]  # the first row once more, as it is read further
+
+
+@pytest.mark.parametrize(
+    ("mask", "read"),
+    [
+        ([[1] * 16], (False, 16)),
+        ([[1] * 9 + [0] * 7], (False, 9)),
+        ([[1] * 9 + [0] * 7, [1] * 3 + [0] * 13], (True, 16)),
+        ([[1] * 5 + [0] * 11, [1] * 3 + [0] * 13], (True, 8)),
+        ([[1, 0, 1] + [0] * 13], (True, 8)),  # a hole
+        ([[0] * 16], (True, 16)),
+        (None, (False, 16)),
+    ],
+)
+def test_how_far_prompts_are_read(mask: list[list[int]] | None, read: tuple[bool, int]) -> None:
+    rows = TextRows()
+    given = None if mask is None else torch.tensor(mask)
+    states = torch.randn(1 if mask is None else len(mask), 16, 4)
+    with rows.keep():
+        rows.note(states, given)
+        keys, _ = rows.of(0, states, lambda found: (found, found))
+        left = rows.mask(torch.zeros(len(states), 1, 16))
+    masked, tokens = read
+    assert torch.equal(keys, states[:, :tokens])
+    assert (left is None) != masked and (left is None or left.shape[-1] == tokens)
 
 
 def test_nothing_is_kept_from_one_clip_to_the_next(loaded: Any) -> None:

@@ -58,7 +58,7 @@ class FusedBlock(nn.Module):
         """As diffusers' block; `image_rotary_emb` are HalfRope's tables."""
         keys, values = self._text.of(self._number, encoder_hidden_states, self._project)
         run = self._compiled or self._compute
-        return run(hidden_states, temb, *image_rotary_emb, keys, values, encoder_attention_mask)
+        return run(hidden_states, temb, *image_rotary_emb, keys, values, self._text.mask(encoder_attention_mask))
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what happens in every call, and leave out the prompt's keys and values."""

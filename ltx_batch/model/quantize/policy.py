@@ -18,7 +18,9 @@ DEFAULT_HADAMARD_GROUP = 64
 BLOCKS = "transformer_blocks"  # projections in and out, time and caption embedding lie outside, and stay as they are
 # Keys and values of the prompt are computed once a clip: nothing is gained there, and Wan2.2 lost its prompts by it.
 _KEPT = ("attn2.to_k", "attn2.to_v")
-_KEPT_SHARE = 14  # one block in so many stays at each end: 3 of 48, as NVIDIA keeps of LTX-Video 13B, and 2 of 28
+# One block in so many stays at each end, and no more than two: 0, 1, 46 and 47 of the 13B, as in Lightricks' own fp8 files.
+# More buy what any block buys: of the demo, two of five take the error from 1.1 to 0.8 % (docs/precision.md).
+_KEPT_SHARE, _KEPT_MOST = 14, 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +28,7 @@ class Precision:
     """`dtype` holds everything that is not quantised; `quantize` names the way the linear layers of the blocks are.
 
     `skip` are patterns of further layers that stay as they are, each a dotted run of the layer's name: `ff.net.2`,
-    `transformer_blocks.0`, `attn2.to_*`. `keep_blocks` is how many blocks stay at each end; None: one in fourteen.
+    `transformer_blocks.0`, `attn2.to_*`. `keep_blocks` is how many blocks stay at each end; None: one in fourteen, at most two.
     `hadamard_group` (int8 only) is how many inputs are mixed before they are rounded, 0 for none. `threshold` is
     bitsandbytes' outlier threshold (0 turns the decomposition off: with thousands of tokens nearly every column has an
     outlier, and is multiplied again in 16 bits; int8 rotates against outliers instead).
@@ -67,7 +69,7 @@ class Precision:
 
     def _ends(self, inside: list[str], blocks: str) -> list[str]:
         count = 1 + max((int(name[len(blocks) + 1 :].partition(".")[0]) for name in inside), default=-1)
-        keep = count // _KEPT_SHARE if self.keep_blocks is None else self.keep_blocks
+        keep = min(count // _KEPT_SHARE, _KEPT_MOST) if self.keep_blocks is None else self.keep_blocks
         return [f"{blocks}.{number}" for number in range(count) if number < keep or number >= count - keep]
 
     def _check_patterns(self, inside: list[str]) -> None:

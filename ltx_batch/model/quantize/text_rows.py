@@ -1,7 +1,8 @@
 """Keys and values of the prompts, kept over the steps and passes of a clip: they hang on nothing but the prompt.
 
 Rows are known again by their embeddings, number by number, since batches change from step to step: negative prompt,
-prompt, and the prompt once more for spatio-temporal guidance.
+prompt, and the prompt once more for spatio-temporal guidance. What only pads a prompt to its 256 tokens is left out, where
+every row of a call has it: attention gives it no weight, but takes as long over it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
+_STEP = 8  # tokens: a mask of another width is copied by torch before every use
 
 
 class TextRows:
@@ -22,36 +24,54 @@ class TextRows:
         self._keeping = False
         self._known: torch.Tensor | None = None
         self._current: list[int] = []
+        self._length: int | None = None  # tokens of the prompts that the current call reads
+        self._masked = True
         self._kept: dict[tuple[int, int], KeysValues] = {}
 
-    def note(self, embeds: torch.Tensor) -> None:
-        """A call begins, with embeddings [B, T, C]."""
+    def note(self, embeds: torch.Tensor, mask: torch.Tensor | None = None) -> None:
+        """A call begins, with embeddings [B, T, C] and their mask [B, T]."""
         if not self._keeping:
             return
         seen = embeds if self._known is None else torch.cat([self._known, embeds])
         same = (embeds[:, None] == seen[None]).flatten(2).all(2)
-        firsts = same.int().argmax(1).tolist()  # waits for the GPU, once a call
+        lasts, counts = _lengths(embeds, mask)
+        firsts, ends, real = torch.stack(
+            [same.int().argmax(1), lasts, counts]
+        ).tolist()  # waits for the GPU, once a call
         new = sorted({first for first in firsts if self._known is None or first >= len(self._known)})
         count = 0 if self._known is None else len(self._known)
         numbers = {first: count + place for place, first in enumerate(new)}
         self._current = [numbers.get(first, first) for first in firsts]
+        self._length, self._masked = _read(ends, real, embeds.shape[1])
         if new:
             fresh = seen[new]
             self._known = fresh if self._known is None else torch.cat([self._known, fresh])
 
     def of(self, block: int, states: torch.Tensor, project: Callable[[torch.Tensor], KeysValues]) -> KeysValues:
-        """Keys and values [B, T, D] of the current call for a block; `project` makes those of rows of `states` [B, T, D]."""
+        """Keys and values [B, t, D] of the current call for a block, of the t tokens that are read; `project` makes those
+        of rows of `states` [B, T, D]."""
         if not self._keeping:
             return project(states)
-        absent = {row: at for at, row in enumerate(self._current) if (block, row) not in self._kept}
+        length = self._length or states.shape[1]
+        absent = {row: at for at, row in enumerate(self._current) if self._kept_tokens(block, row) < length}
         if absent:
-            keys, values = project(states[list(absent.values())])
+            keys, values = project(states[list(absent.values()), :length])
             for row, key, value in zip(absent, keys, values, strict=True):
                 self._kept[block, row] = (key, value)
         found = [self._kept[block, row] for row in self._current]
         if len(found) == 1:
-            return found[0][0][None], found[0][1][None]
-        return torch.stack([key for key, _ in found]), torch.stack([value for _, value in found])
+            return found[0][0][None, :length], found[0][1][None, :length]
+        return torch.stack([key[:length] for key, _ in found]), torch.stack([value[:length] for _, value in found])
+
+    def mask(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """What of an additive mask [B, 1, T] is left for the tokens that are read; None where none of them is masked."""
+        if not self._keeping or mask is None:
+            return mask
+        return mask[..., : self._length] if self._masked else None
+
+    def _kept_tokens(self, block: int, row: int) -> int:
+        kept = self._kept.get((block, row))
+        return 0 if kept is None else len(kept[0])
 
     @contextmanager
     def keep(self) -> Iterator[None]:
@@ -59,8 +79,28 @@ class TextRows:
         try:
             yield
         finally:
-            self._keeping, self._known, self._current = False, None, []
+            self._keeping, self._known, self._current, self._length = False, None, [], None
             self._kept.clear()
+
+
+def _lengths(embeds: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each row, where its last token ends, and how many it has; all of them, where there is no mask as it comes."""
+    rows, tokens = embeds.shape[:2]
+    if mask is None or mask.ndim != 2:
+        every = torch.full((rows,), tokens, device=embeds.device)
+        return every, every
+    real = mask.bool()
+    return (real * torch.arange(1, tokens + 1, device=mask.device)).amax(1), real.sum(1)
+
+
+def _read(ends: list[int], real: list[int], tokens: int) -> tuple[int, bool]:
+    """How many tokens must be read, and whether some of them are masked."""
+    if 0 in real:  # where all are masked, all count alike
+        return tokens, True
+    longest = max(ends)
+    if min(real) == longest:
+        return longest, False
+    return min(tokens, -(-longest // _STEP) * _STEP), True
 
 
 def watch(transformer: Any, rows: TextRows) -> None:
@@ -70,7 +110,8 @@ def watch(transformer: Any, rows: TextRows) -> None:
 
 
 def _note(transformer: Any, args: Any, kwargs: dict[str, Any]) -> None:
-    transformer.text_rows.note(kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1])
+    embeds = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[1]
+    transformer.text_rows.note(embeds, kwargs.get("encoder_attention_mask"))
 
 
 @contextmanager
