@@ -18,7 +18,7 @@ from ltx_batch.ledger import Ledger
 from ltx_batch.manifest import Manifest, Row, Shard, hash_media, job_loras, resolve_rows, with_lora_hashes
 from ltx_batch.recent import Recent
 from ltx_batch.record import RenderRecord
-from ltx_batch.request import RenderRequest
+from ltx_batch.request import Keys, RenderRequest
 from ltx_batch.tally import Tally
 
 REMEMBERED = 65_536  # hashes of media and LoRA files, some 16 MB; others are asked for again
@@ -86,12 +86,12 @@ class Admission:
         The first shards, up to `keep_rows` rows together, are kept for the next call, which does not prepare them again.
         """
         self._look_around()
-        ahead = ThreadPoolExecutor(max_workers=1)
+        keys, ahead = Keys(recipe), ThreadPoolExecutor(max_workers=1)
         kept, self._kept = self._kept, {}
         pending = None
         try:
             for todo in self._todo:
-                begun = kept.pop(todo.shard.name, None) or ahead.submit(self._prepare, todo, recipe, invalid)
+                begun = kept.pop(todo.shard.name, None) or ahead.submit(self._prepare, todo, keys, invalid)
                 keep_rows -= todo.shard.rows
                 if keep_rows >= 0:
                     self._kept[todo.shard.name] = begun
@@ -140,7 +140,7 @@ class Admission:
         for (key, _), fact in zip(places, facts, strict=True):
             self._charged[key] += fact["charged"] and fact["epoch"] == self._epoch
 
-    def _prepare(self, todo: _Todo, recipe: Mapping[str, Any], invalid: Mapping[tuple[str, int], str]) -> PreparedShard:
+    def _prepare(self, todo: _Todo, keys: Keys, invalid: Mapping[tuple[str, int], str]) -> PreparedShard:
         table = self._manifest.read(todo.shard)
         rows = resolve_rows(
             table,
@@ -158,14 +158,14 @@ class Admission:
         for index, (row, request) in enumerate(zip(rows, requests, strict=True)):
             reason = invalid.get((row.file, row.row)) or "; ".join(str(issue) for issue in row.issues)
             line = lines[index]
-            if line is not None and (not self._check_media or self._still_holds(line, request, recipe)):
+            if line is not None and (not self._check_media or self._still_holds(line, request, keys)):
                 continue
             prepared.shard.lines[index] = None
             if reason or not isinstance(request, RenderRequest):
                 error = InvalidRow(reason) if reason else request
                 prepared.settled.append((index, _refused(error)))
             else:
-                prepared.wanted.append((index, request.key(recipe), request, row.priority))
+                prepared.wanted.append((index, keys.of(request), request, row.priority))
         prepared.shard.left = len(prepared.settled) + len(prepared.wanted)
         prepared.shard.closed = prepared.shard.left == 0
         known = self._known(todo.shard, {key for _, key, _, _ in prepared.wanted})
@@ -177,8 +177,8 @@ class Admission:
         ours = table.select([name for name in table.column_names if name.startswith("ltx_")])
         return [line if line["ltx_status"] == "ok" else None for line in ours.to_pylist()]
 
-    def _still_holds(self, line: Mapping[str, Any], request: Any, recipe: Mapping[str, Any]) -> bool:
-        return isinstance(request, RenderRequest) and request.key(recipe) == line["ltx_key"]
+    def _still_holds(self, line: Mapping[str, Any], request: Any, keys: Keys) -> bool:
+        return isinstance(request, RenderRequest) and keys.of(request) == line["ltx_key"]
 
     def _with_hashes(self, row: Row) -> RenderRequest | MediaError | LoraError | None:
         request, options = row.request, self._job.storage.options

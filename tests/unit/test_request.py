@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import ItemsView
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from ltx_batch.request import Condition, RenderRequest, canonical
+from ltx_batch.request import Condition, Keys, RenderRequest, canonical
 
 BASE = RenderRequest(prompt="a red circle moves right", height=128, width=128, num_frames=17, seed=7)
 RECIPE = {"schema": 1, "precision": "fp32", "video": {"crf": 18}}
@@ -81,6 +84,26 @@ def test_a_field_at_its_default_is_left_out_so_that_new_fields_keep_old_keys() -
     # A fixed point: if this changes, every key of every output in the world changes with it.
     assert BASE.key(RECIPE) == "d8ac805181de5d209ac078086e32d5a783ff23d7fb4c6e98da2e23a7834492a8"
     assert replace(BASE, frame_rate=30).key(RECIPE) == BASE.key(RECIPE)
+
+
+def test_many_keys_of_one_recipe_read_it_once() -> None:
+    class Read(dict[str, object]):
+        times = 0
+
+        def items(self) -> ItemsView[str, object]:
+            self.times += 1
+            return super().items()
+
+    recipe = Read(RECIPE, checkpoint={"files": {"\u00e9": "ab" * 32}})
+    requests = [
+        replace(BASE, seed=seed, prompt=f"\u00e9 {seed}", conditions=(IMAGE,) * (seed % 2)) for seed in range(9)
+    ]
+    keys = Keys(recipe)
+    assert [keys.of(request) for request in requests] == [request.key(dict(recipe)) for request in requests]
+    assert recipe.times == 1
+    payload = {"request": {"prompt": "a", "seed": 7}, "recipe": dict(recipe)}
+    text = json.dumps(payload, sort_keys=True, separators=(",", ":"))
+    assert keys.of(RenderRequest(prompt="a", seed=7)) == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_canonical_floats_are_float32s_shortest_form() -> None:
