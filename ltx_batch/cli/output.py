@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
@@ -56,6 +58,15 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def unwritable(target: str | Path) -> str | None:
+    """Why nothing can be written to a local path or below it; None where it can. Nothing is made."""
+    path = Path(target).absolute()
+    there = next(place for place in (path, *path.parents) if place.exists())
+    if there == path and not there.is_dir():
+        there = there.parent
+    return None if there.is_dir() and os.access(there, os.W_OK) else f"{there} is no folder that can be written to"
 
 
 def after_failures(asked: Asked, failed: int, errors: Iterable[Sequence[Any]]) -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 import typer
 
 from ltx_batch.cli.options import AsJson
-from ltx_batch.cli.output import duration, print_json
+from ltx_batch.cli.output import duration, print_json, unwritable
+from ltx_batch.errors import JobError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,7 +47,11 @@ def quality(
     """Compare two runs row by row: PSNR, SSIM, LPIPS and VMAF. Exit code 1 where rows could not be compared."""
     from ltx_batch.quality import compare_runs, write_report
     from ltx_batch.quality.summary import as_dict
+    from ltx_batch.storage import Storage
 
+    folder = Storage(output or ".")
+    if folder.is_local and (reason := unwritable(folder.uri)):
+        raise JobError(f"-o {folder.uri}: {reason}")
     started_s = time.monotonic()
     with _progress() as listen:
         found = compare_runs(out_a, out_b, run_a=run_a, run_b=run_b, limit=limit, workers=workers, listen=listen)

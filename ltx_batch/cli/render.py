@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 import traceback
 from collections.abc import Mapping
@@ -13,7 +12,7 @@ import typer
 
 from ltx_batch.cli.conditions import Conditions, read_conditions
 from ltx_batch.cli.options import AsJson
-from ltx_batch.cli.output import duration, print_json
+from ltx_batch.cli.output import duration, print_json, unwritable
 from ltx_batch.errors import JobError, LtxBatchError, RowError, UsageError
 
 if TYPE_CHECKING:
@@ -204,11 +203,8 @@ def _output_faults(output: Path, num_frames: int | None) -> list[str]:
         faults.append(
             f"-o {output} holds one frame, not {num_frames}: leave --num-frames out, or give -o {output.stem}.mp4"
         )
-    there = next(folder for folder in output.absolute().parents if folder.exists())
-    if output.is_dir() or not there.is_dir() or not os.access(there, os.W_OK):
-        place = output if output.is_dir() else there
-        faults.append(f"-o {output}: {place} is {'a' if output.is_dir() else 'no'} folder that can be written to")
-    return faults
+    reason = f"{output} is a folder" if output.is_dir() else unwritable(output)
+    return faults + [f"-o {output}: {reason}"] * (reason is not None)
 
 
 def _counted(frames: int) -> str:

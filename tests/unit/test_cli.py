@@ -72,7 +72,7 @@ def test_run_says_where_things_are_and_what_to_type_next(tmp_path: Path, capsys:
     job = write_job(tmp_path, "one", "broken [raise]")
     assert main(["run", job, "--set", "defaults.num_frames=5"]) == 1
     printed, told = capsys.readouterr()
-    assert "2 rows: 1 ok (1 rendered now, 0 from before), 1 failed" in printed
+    assert "2 rows: 1 ok (1 rendered, 0 reused), 1 failed" in printed
     assert "1 x RuntimeError: scripted fault" in printed
     assert f"videos   {tmp_path}/out/videos/" in printed
     shards = re.search(r"rows     (\S+)\*\.parquet", printed)
@@ -137,6 +137,9 @@ def test_job_from_standard_input(
         (["rnu", "{job}"], "No such command"),
         (["run", "{job}", "--address", "ray://head:10001"], "give the address of Ray's job server"),
         (["report", "{job}"], "no finished shard of this job yet"),
+        (["quality", "{folder}", "{folder}", "-o", "{job}/new"], "is no folder that can be written to"),
+        (["quantize", "demo", "{job}/new"], "is no folder that can be written to"),
+        (["render", "a red circle", "-o", "{job}/clip.mp4"], "is no folder that can be written to"),
         (["render", "a red circle", "-o", "clip.gif"], "ends in .mp4 or .png"),
         (["render", "a red circle", "-o", "clip.mp4", "--height", "63"], "must be even"),
         (["render", "a red circle", "-o", "clip.mp4", "--image", "{folder}/absent.png"], "there is no file"),
@@ -266,7 +269,7 @@ def test_status_tells_a_live_driver_from_a_dead_one(
     assert main(["status", job]) == 0
     printed = capsys.readouterr().out
     assert said in printed
-    assert "2 rows: 1 ok (1 rendered now, 0 from before), 0 failed, in 9.5 s" in printed
+    assert "2 rows: 1 ok (1 rendered, 0 reused), 0 failed, in 9.5 s" in printed
     assert ("0.50 rows/s, 1 workers, 2.0 s left" in printed) == (age_s < 60)
 
 
