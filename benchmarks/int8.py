@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import logging
 import sys
 import time
@@ -40,7 +41,14 @@ from ltx_batch.model.quantize.text_rows import text_kept  # noqa: E402
 
 TEXT_TOKENS = 256
 KINDS = ("bf16", "bf16_compiled", "control", "int8", "int8_compiled", "bnb", "bnb_compiled")
-LISTED = ("bf16_compiled", "control", "int8")  # whose kernels are listed
+# Models and tokens of each verb, where nothing else is asked for.
+DEFAULTS = {
+    "steps": (["13b", "2b"], [13376, 2688]),
+    "memory": (["13b", "2b"], [13376]),
+    "stream": (["13b"], [13376, 5600]),
+    "kernels": (["13b", "2b"], [13376]),
+}
+LISTED = ("bf16_compiled", "control", "int8")
 RATIOS = {
     "over_bf16": ("bf16_compiled", "int8"),
     "over_bf16_compiled": ("bf16_compiled", "int8_compiled"),
@@ -92,7 +100,7 @@ def steps(bench: Bench, options: argparse.Namespace) -> None:
         with torch.inference_mode(False):
             models = kinds_of(bench, name, options.kinds)
         for tokens in options.tokens:
-            report_steps(bench, name, tokens, models)
+            report_steps(bench, name, tokens, models, options.listed)
         del models
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -122,7 +130,7 @@ def kinds_of(bench: Bench, name: str, kinds: Sequence[str]) -> dict[str, Any]:
     return models
 
 
-def report_steps(bench: Bench, name: str, tokens: int, models: Mapping[str, Any]) -> None:
+def report_steps(bench: Bench, name: str, tokens: int, models: Mapping[str, Any], listed: Sequence[str]) -> None:
     case = f"{name}_{short(tokens)}"
     few = [kind for kind in models if "bnb" not in kind or short(tokens) == "13k" or bench.tiny]
     calls = {kind: step(models[kind], tokens) for kind in few}
@@ -136,7 +144,7 @@ def report_steps(bench: Bench, name: str, tokens: int, models: Mapping[str, Any]
         for kind in few:
             stack.enter_context(text_kept(models[kind]))
         times = bench.medians_s(calls, warm_up=1)
-        kernels = {kind: bench.kernels_ms(call) for kind, call in calls.items() if kind in LISTED}
+        kernels = {kind: bench.kernels_ms(call) for kind, call in calls.items() if kind in listed}
     for kind, seconds in times.items():
         more = {"kernels_ms": kernels[kind]} if kind in kernels else {}
         bench.report(f"{case}_{kind}_ms", 1000 * seconds, "ms", first_call_s=round(first_s[kind], 2), **more)
@@ -269,14 +277,15 @@ def main() -> None:
         "kernels": kernels,
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=verbs)
-    parser.add_argument("--models", nargs="+", default=["13b"], choices=["13b", "2b"])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[13376, 2688])
+    parser.add_argument("verbs", nargs="+", choices=verbs)
+    parser.add_argument("--models", nargs="+", choices=["13b", "2b"])
+    parser.add_argument("--tokens", nargs="+", type=int)
     parser.add_argument("--hadamard-group", type=int, default=None)
     parser.add_argument("--keep-blocks", type=int, default=None)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory-gib", type=float, default=8.0)
     parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
+    parser.add_argument("--listed", nargs="*", default=LISTED, choices=KINDS, help="kinds whose kernels are listed")
     parser.add_argument("--verbose", action="store_true", help="tell how long each way to launch a kernel takes")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on a CPU: tries the script, measures nothing")
     parser.add_argument("--output", type=Path, default=None)
@@ -292,7 +301,13 @@ def main() -> None:
     place = ROOT / ("out" if options.tiny else "benchmarks/results") / f"int8-{gpu}.json"
     torch.manual_seed(0)
     bench = Bench(device, policy, options.tiny, options.rounds, options.output or place)
-    verbs[options.verb](bench, options)
+    for verb in options.verbs:
+        usual = DEFAULTS[verb]
+        given = {"models": options.models or usual[0], "tokens": options.tokens or usual[1]}
+        verbs[verb](bench, argparse.Namespace(**{**vars(options), **given}))
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     print(f"written to {bench.output}")
 
 

@@ -77,10 +77,12 @@ class Stopwatch:
     def stage(self, name: str) -> Iterator[None]:
         self.at = name
         started_s = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started_s
+        try:
+            yield
+        finally:  # a try that runs out of memory takes its time too
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started_s
 
 
 class LtxPipeline:

@@ -45,7 +45,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(tiny: Path, **options: Any) -> LtxRenderer:
-    return load_renderer(str(tiny), **{"device": "cuda", **options})
+    """With torch's own attention: kernels that a stopwatch chooses may differ from one renderer to the next."""
+    return load_renderer(str(tiny), **{"device": "cuda", "attention": "native", **options})
 
 
 def one(renderer: LtxRenderer, request: RenderRequest = REQUEST) -> Clip:
@@ -145,7 +146,7 @@ def test_a_limit_is_what_is_free(tiny: Path) -> None:
 
 
 def test_a_decode_that_really_runs_out_of_memory_is_done_again_in_tiles(tiny: Path) -> None:
-    """The prediction is put out of action, and the device limited to what the decode takes, less a third."""
+    """The prediction is put out of action, and the device limited to what the decode takes, less a fifth."""
     renderer = loaded(tiny, precision="fp32")
     whole = one(renderer, WIDE)
     assert whole.peak_bytes is not None and whole.ran["tiling"] is False
@@ -153,7 +154,7 @@ def test_a_decode_that_really_runs_out_of_memory_is_done_again_in_tiles(tiny: Pa
     held = torch.cuda.memory_allocated()
     total = torch.cuda.get_device_properties(CUDA).total_memory
     try:
-        torch.cuda.set_per_process_memory_fraction((held + (whole.peak_bytes - held) * 0.66) / total, CUDA)
+        torch.cuda.set_per_process_memory_fraction((held + (whole.peak_bytes - held) * 0.8) / total, CUDA)
         clip = one(renderer, WIDE)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, CUDA)
