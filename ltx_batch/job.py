@@ -247,12 +247,14 @@ def _set(data: dict[str, Any], override: str) -> None:
     for parent in parents:
         inner = data.setdefault(parent, {})
         if not isinstance(inner, dict):
-            raise JobError(f"--set {override}: {parent} is not a section")
+            raise JobError(
+                f"--set {override}: {parent} holds no keys of its own; jobs/nightly.yaml shows where each key is"
+            )
         data = inner
     try:
         data[leaf] = parse_yaml(value)
     except yaml.YAMLError as error:
-        raise JobError(f"--set {override}: the value is not YAML: {error}") from None
+        raise JobError(f"--set {override}: the value is not YAML, quote it as a YAML file would: {error}") from None
 
 
 def _describe(fault: Any) -> str:

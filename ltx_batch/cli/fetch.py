@@ -81,7 +81,9 @@ def _look_up(name: str) -> Wanted:
     official = find_official(name)
     place = HubPlace(official.repo, file=official.file) if official else locate(name)
     if not isinstance(place, HubPlace):
-        raise CheckpointError(f"{name} is here already, or at a URI: fetch brings what the model hub has")
+        raise CheckpointError(
+            f"{name} is here already, or at a URI, and can be used as it is: fetch brings what the model hub has"
+        )
     repo = HubRepo.look_up(place.repo, place.revision)
     files = hub_files(repo, place, official.folders if official and official.folders else COMPONENTS)
     return Wanted(name, repo, tuple(files), official, sum(missing_bytes(repo, file) for file in files))

@@ -203,7 +203,7 @@ def _output_faults(output: Path, num_frames: int | None) -> list[str]:
         faults.append(
             f"-o {output} holds one frame, not {num_frames}: leave --num-frames out, or give -o {output.stem}.mp4"
         )
-    reason = f"{output} is a folder" if output.is_dir() else unwritable(output)
+    reason = "that is a folder, name a file in it" if output.is_dir() else unwritable(output)
     return faults + [f"-o {output}: {reason}"] * (reason is not None)
 
 
