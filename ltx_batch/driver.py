@@ -150,12 +150,13 @@ class _Run:
         """Resolve `auto` once: the first driver of a run that renders writes it down, and the others read it."""
         asked = self.ledger.read_run(self.run)
         if asked is None:
-            precision = self._pool().resolve_precision()
+            precision, reason = self._pool().resolve_precision()
             described: dict[str, Any] = {
                 "run": self.run,
                 "job": self.job.model_dump(mode="json", exclude={"storage": {"options"}}),
                 "recipe": self.recipe,
                 "precision": precision,
+                "precision_reason": reason,
                 "manifest": self.manifest.fingerprint(),
             }
             # The text phase alone may go on another kind of machine: what `auto` means there must not bind the renders.

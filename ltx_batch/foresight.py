@@ -213,7 +213,7 @@ def model_sizes(model: ModelSpec, options: Options = None) -> ModelSizes:
     stored = opened.transformer.stored
     name: str = model.precision
     if name == "auto":
-        name = stored.name if stored else resolve_precision(name, device, config)
+        name = stored.name if stored else resolve_precision(name, device, config).name
     chosen = (stored.policy if stored else policy.precision)(
         name, device, skip=model.skip_modules, hadamard_group=model.hadamard_group, keep_blocks=model.keep_blocks
     )

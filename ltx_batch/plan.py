@@ -308,14 +308,14 @@ def _precision(job: JobSpec, ledger: Ledger, run: str, recipe: Mapping[str, Any]
     """The precision in this job's keys: for `auto` what this run resolved it to, else what another of the same recipe did."""
     asked, device = job.model.precision, job.model.device
     if asked != "auto":
-        return job_precision(job)
+        return job_precision(job).name
     runs = ledger.runs()
     for name in [run, *reversed(runs)]:
         described = ledger.read_run(name)
         if described is not None and described["recipe"] == recipe:
             return str(described["precision"])
     if device != "auto":
-        return job_precision(job)
+        return job_precision(job).name
     return None if runs else asked  # in an empty output no key is looked for
 
 

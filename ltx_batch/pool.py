@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from ltx_batch.errors import RunStopped
 from ltx_batch.job import JobSpec
+from ltx_batch.model.quantize.policy import Resolved
 from ltx_batch.recipe import job_precision
 from ltx_batch.record import RenderRecord
 from ltx_batch.schedule import Cause, WorkUnit
@@ -62,8 +63,8 @@ Event = Started | StartFailed | Finished | Died
 class Pool(Protocol):
     nodes: int
 
-    def resolve_precision(self) -> str:
-        """The precision that the job's `auto` means on this pool's devices."""
+    def resolve_precision(self) -> Resolved:
+        """The precision that the job's `auto` means on this pool's devices, and why."""
         ...
 
     def encode(self, plan: WorkerPlan, batches: Iterator[Sequence[str]]) -> Generator[Encoded]:
@@ -109,7 +110,7 @@ class LocalPool:
         self._fault = ""
         self._worker: Worker | None = None
 
-    def resolve_precision(self) -> str:
+    def resolve_precision(self) -> Resolved:
         return job_precision(self._job)
 
     def encode(self, plan: WorkerPlan, batches: Iterator[Sequence[str]]) -> Generator[Encoded]:

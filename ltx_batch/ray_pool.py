@@ -16,6 +16,7 @@ from typing import Any
 
 from ltx_batch.errors import JobError, RunStopped, UsageError
 from ltx_batch.job import JobSpec
+from ltx_batch.model.quantize.policy import Resolved
 from ltx_batch.pool import Died, Event, Finished, Started, StartFailed
 from ltx_batch.ray_text import DEVICE_LOST, TextCrew
 from ltx_batch.recipe import job_precision
@@ -63,13 +64,13 @@ class RayPool:
         self._resources = _resources(job)
         self.slots = tuple(f"actor-{i}" for i in range(_count(job, self._resources)))
 
-    def resolve_precision(self) -> str:
+    def resolve_precision(self) -> Resolved:
         import ray
 
         if self._job.model.precision != "auto":
             return job_precision(self._job)
         probe = ray.remote(job_precision).options(**self._resources, max_retries=3)
-        return str(ray.get(probe.remote(self._job)))
+        return Resolved(*ray.get(probe.remote(self._job)))
 
     def encode(self, plan: WorkerPlan, batches: Iterator[Sequence[str]]) -> Generator[Encoded]:
         crew = TextCrew(plan, self._resources, len(self.slots), self._pulse.feel_now_and_then)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 from ltx_batch.errors import CheckpointError, LoraError
@@ -12,6 +13,7 @@ from ltx_batch.job import JobSpec
 from ltx_batch.manifest import hash_loras, job_loras
 from ltx_batch.model.expected import config_sha256
 from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config
+from ltx_batch.model.plan import latent_size, pad_frames, pad_size
 from ltx_batch.model.quantize import policy
 from ltx_batch.record import SCHEMA_VERSION
 from ltx_batch.renderer import (
@@ -73,12 +75,21 @@ def with_precision(recipe: Mapping[str, Any], name: str) -> dict[str, Any]:
     return {**{key: value for key, value in recipe.items() if key not in idle}, "precision": name}
 
 
-def job_precision(job: JobSpec) -> str:
-    """The job's precision by its real name, on the device of this process. Raises PrecisionError and JobError."""
-    model = job.model
+def job_precision(job: JobSpec) -> policy.Resolved:
+    """The job's precision by its real name, on the device of this process; what is timed has the job's default size.
+
+    Raises PrecisionError and JobError.
+    """
+    model, size = job.model, job.defaults
     checkpoint = resolve_checkpoint(model.checkpoint) if model.checkpoint and model.renderer == "ltx" else None
+    padded = pad_frames(size.num_frames), pad_size(size.height), pad_size(size.width)
     return resolve_precision(
-        model.precision, model.device, named_config(job), checkpoint=checkpoint, options=job.storage.options
+        model.precision,
+        model.device,
+        named_config(job),
+        checkpoint=checkpoint,
+        tokens=prod(latent_size(*padded)),
+        options=job.storage.options,
     )
 
 

@@ -213,7 +213,7 @@ def load_renderer(
     if recipe is not None and pipeline_config is not None:
         check_config(recipe, pipeline_config, config)
     stored = transformer_stored(sources.checkpoint, options)
-    name = resolve_precision(precision, place.type, config, checkpoint=sources.checkpoint, options=options)
+    name, _ = resolve_precision(precision, place.type, config, checkpoint=sources.checkpoint, options=options)
     chosen = (policy.precision if stored is None else stored.policy)(
         name,
         place.type,
@@ -396,32 +396,36 @@ def resolve_precision(
     config: PipelineConfig | None = None,
     *,
     checkpoint: str | None = None,
+    tokens: int | None = None,
     options: Mapping[str, Any] | None = None,
-) -> str:
+) -> policy.Resolved:
     """`auto` as a real name: what the checkpoint is quantised as; else fp32 on a CPU, and on a GPU what is fastest there for
-    its transformer. What cannot be timed here is what the pipeline config asks for, else bf16.
+    its transformer and so many tokens. What cannot be timed here is what the pipeline config asks for, else bf16.
 
     `device` is cpu, cuda or auto. Raises PrecisionError.
     """
     if name != "auto":
-        return policy.resolve_name(name, device)
+        return policy.Resolved(policy.resolve_name(name, device), "asked for by name")
     stored = None if checkpoint is None else transformer_stored(checkpoint, options)
     if stored is not None:
-        return stored.name
+        return policy.Resolved(stored.name, "the checkpoint is quantised so")
     if device == "auto":
         from ltx_batch.model.device import pick_device
 
         device = pick_device(device).type
-    timed = None if device == "cpu" or checkpoint is None else _fastest(checkpoint, options)
-    if timed is None and device != "cpu" and config is not None:
-        timed = config.resolve_precision()
-    return timed or policy.resolve_name(name, device)
+    if device == "cpu":
+        return policy.Resolved(policy.resolve_name(name, device), "on a CPU nothing is faster")
+    timed = None if checkpoint is None else _fastest(checkpoint, tokens, options)
+    asked = config.resolve_precision() if config is not None else None
+    if timed is None and asked is not None:
+        return policy.Resolved(asked, "nothing could be timed here, and the pipeline config asks for it")
+    return timed or policy.Resolved(policy.resolve_name(name, device), "nothing could be timed here")
 
 
-def _fastest(checkpoint: str, options: Mapping[str, Any] | None) -> str | None:
+def _fastest(checkpoint: str, tokens: int | None, options: Mapping[str, Any] | None) -> policy.Resolved | None:
     """The precision in which this GPU is fastest; None without a GPU, or a checkpoint at hand."""
     from ltx_batch.model.quantize.probe import best_precision_here
 
     layers = transformer_layers(checkpoint, options) or {}
     first = layers.get(f"{policy.BLOCKS}.0.attn1.to_q")
-    return None if first is None else best_precision_here(first[1])
+    return None if first is None else best_precision_here(first[1], tokens)

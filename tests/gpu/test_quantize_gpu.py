@@ -218,4 +218,4 @@ def test_what_works_once_a_clip_waits_in_host_memory(wide: Path) -> None:
 
 
 def test_auto_is_timed() -> None:
-    assert best_precision_here(1024) in ("bf16", "int8", "fp8")
+    assert best_precision_here(1024).name in ("bf16", "int8", "fp8")

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from ltx_batch.job import JobSpec
 from ltx_batch.model.quantize import probe
 from ltx_batch.model.quantize.choose import choose
 from ltx_batch.model.quantize.fp8 import Fp8Linear
+from ltx_batch.model.quantize.policy import Resolved
+from ltx_batch.recipe import job_precision
 from ltx_batch.renderer import resolve_precision
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -52,9 +55,23 @@ def test_nothing_is_chosen_unseen_where_bf16_cannot_be_timed(monkeypatch: pytest
 
 
 def test_auto_on_a_gpu_is_timed_at_the_width_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    widths = []
-    monkeypatch.setattr(probe, "best_precision_here", lambda channels: widths.append(channels) or "fp8")
-    tiny = write_tiny_checkpoint(tmp_path)
-    assert resolve_precision("auto", "cuda", checkpoint=str(tiny)) == "fp8"
-    assert resolve_precision("auto", "cpu", checkpoint=str(tiny)) == "fp32"
-    assert widths == [32]
+    asked: list[tuple[int, int | None]] = []
+
+    def best_precision_here(channels: int, tokens: int | None) -> Resolved:
+        asked.append((channels, tokens))
+        return Resolved("fp8", "timed")
+
+    monkeypatch.setattr(probe, "best_precision_here", best_precision_here)
+    tiny = str(write_tiny_checkpoint(tmp_path))
+    assert resolve_precision("auto", "cuda", checkpoint=tiny) == ("fp8", "timed")
+    assert resolve_precision("auto", "cpu", checkpoint=tiny).name == "fp32"
+    job = JobSpec.model_validate(
+        {
+            "manifest": "m.parquet",
+            "output": "out",
+            "model": {"checkpoint": tiny, "device": "cuda"},
+            "defaults": {"height": 512, "width": 750, "num_frames": 48},
+        }
+    )
+    assert job_precision(job).name == "fp8"
+    assert asked == [(32, None), (32, 7 * 16 * 24)]  # 49 frames of 512x768

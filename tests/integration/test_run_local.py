@@ -9,12 +9,14 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from job_runs import Driver, check_output, ledger_of, make_job, read_records, run_apart, write_manifest
 
 from ltx_batch.driver import RunOptions, run
 from ltx_batch.errors import JobError, ManifestError
+from ltx_batch.manifest import seed_of
 from ltx_batch.media import read_media
 from ltx_batch.tally import Summary
 
@@ -30,6 +32,25 @@ def test_every_row_becomes_a_video_a_record_and_a_line(tmp_path: Path) -> None:
         assert frames.shape == (3, 32, 32, 3) and frames.std() > 10
     record = next(iter(output.records.values()))
     assert record.attempt_id and record.versions and {"render", "encode", "fetch"} <= record.timings.keys()
+
+
+def test_the_seed_that_was_used_is_told(tmp_path: Path) -> None:
+    """Also where it was made of the row's id, and of rows that failed: whoever renders one by hand needs it."""
+    manifest = tmp_path / "ids.parquet"
+    names = ["a", "b", "c"]
+    columns = {"prompt": ["one", "two [raise MediaError]", "three"], "row_id": names, "seed": [None, None, 5]}
+    pq.write_table(pa.table(columns), manifest)
+    job = make_job(str(manifest), tmp_path / "out")
+    output = check_output(job, run(job).run)
+    seeds = [seed_of("a"), seed_of("b"), 5]
+    assert [line["ltx_seed"] for line in output.lines] == seeds
+    assert {output.records[line["ltx_key"]].seed for line in output.lines if line["ltx_status"] == "ok"} == {
+        seeds[0],
+        5,
+    }
+    other = make_job(write_manifest(tmp_path, ["one"], seed=[seeds[0]]), tmp_path / "out")
+    (again,) = check_output(other, run(other).run).lines
+    assert again["ltx_reused"] and again["ltx_seed"] == seeds[0], "the seed by hand is the same clip"
 
 
 def test_the_file_on_disk_shows_the_frames_that_were_rendered(tmp_path: Path) -> None:
@@ -92,6 +113,7 @@ def test_auto_precision_is_resolved_once_and_frozen_in_the_run(tmp_path: Path) -
     described = ledger_of(job).read_run(run(job).run)
     assert described is not None
     assert (described["recipe"]["precision"], described["precision"]) == ("auto", "fp32")
+    assert described["precision_reason"] == "on a CPU nothing is faster"
     explicit = make_job(job.manifest, tmp_path / "out", model={"precision": "fp32"})
     assert run(explicit).rendered == 0, "keys hold the resolved name"
 

@@ -11,6 +11,7 @@ import pytest
 from job_runs import check_output, make_job, write_manifest
 
 from ltx_batch import driver
+from ltx_batch.model.quantize.policy import Resolved
 from ltx_batch.pool import Died, Event, Finished, Started, StartFailed
 from ltx_batch.schedule import WorkUnit
 from ltx_batch.text_worker import Encoded
@@ -33,8 +34,8 @@ class Slots:
         self._worker: Worker | None = None
         self._taken: dict[str, int] = {}
 
-    def resolve_precision(self) -> str:
-        return "fp32"
+    def resolve_precision(self) -> Resolved:
+        return Resolved("fp32", "a CPU")
 
     def encode(self, plan: WorkerPlan, batches: Iterator[Sequence[str]]) -> Generator[Encoded]:
         yield Encoded()

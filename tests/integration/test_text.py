@@ -412,7 +412,7 @@ def test_the_phase_alone_binds_no_later_run_to_its_machine(
     told = encode(job)
     assert told.text is not None and told.text["encoded"] == 3
     assert ledger_of(job).read_run(told.run) is None
-    monkeypatch.setattr(LocalPool, "resolve_precision", lambda pool: "bf16")  # as on a machine with a GPU
+    monkeypatch.setattr(LocalPool, "resolve_precision", lambda pool: ("bf16", "timed"))  # as on a machine with a GPU
     assert run(job.model_copy(update={"text": "stage"})).ok == 4
     described = ledger_of(job).read_run(told.run)
     assert described is not None and described["precision"] == "bf16"

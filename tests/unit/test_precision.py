@@ -31,12 +31,12 @@ def kept_blocks(table: dict[str, str], blocks: int) -> list[int]:
 
 @pytest.mark.parametrize(("device", "name"), [("cpu", "fp32"), ("cuda", "bf16"), ("NVIDIA H100 80GB HBM3", "bf16")])
 def test_auto_that_cannot_be_timed_follows_the_device(device: str, name: str) -> None:
-    assert resolve_precision("auto", device) == name
+    assert resolve_precision("auto", device).name == name
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "int8-weight", "bnb-int8", "fp8"])
 def test_names_stay_what_they_are(name: str) -> None:
-    assert resolve_precision(name, "cpu") == resolve_precision(name, "cuda") == name
+    assert resolve_precision(name, "cpu").name == resolve_precision(name, "cuda").name == name
 
 
 def test_unknown_names_name_the_nearest() -> None:

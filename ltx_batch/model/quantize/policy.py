@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ltx_batch.errors import PrecisionError
 
@@ -21,6 +21,13 @@ _KEPT = ("attn2.to_k", "attn2.to_v")
 # One block in so many stays at each end, and no more than two: 0, 1, 46 and 47 of the 13B, as in Lightricks' own fp8 files.
 # More buy what any block buys: of the demo, two of five take the error from 1.1 to 0.8 % (docs/precision.md).
 _KEPT_SHARE, _KEPT_MOST = 14, 2
+
+
+class Resolved(NamedTuple):
+    """A precision by its real name, and why it is that one, in words."""
+
+    name: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch import nn
 from ltx_batch.errors import PrecisionError
 from ltx_batch.model.quantize.block import fuse_blocks
 from ltx_batch.model.quantize.choose import CANDIDATES, choose
-from ltx_batch.model.quantize.policy import precision
+from ltx_batch.model.quantize.policy import Resolved, precision
 from ltx_batch.model.quantize.swap import check_device, quantize_model
 
 TOKENS = 13_376  # of 704 x 1216 pixels and 121 frames
@@ -24,21 +24,20 @@ _MOST_ERROR = 0.2  # of what a block adds: int8 errs by 2 %, fp8 by 6 %, a kerne
 log = logging.getLogger(__name__)
 
 
-def best_precision(channels: int, device: torch.device, *, tokens: int = TOKENS) -> str:
+def best_precision(channels: int, device: torch.device, *, tokens: int = TOKENS) -> Resolved:
     """What `auto` becomes for a transformer of so many channels; the reason is logged."""
     times_s, refused = probe(channels, device, tokens=tokens)
     chosen, reason = choose(times_s, refused=refused)
-    log.info("precision auto is %s: %s, for %d tokens of %d channels", chosen, reason, tokens, channels)
-    return chosen
+    found = Resolved(chosen, f"{reason}, for {tokens} tokens of {channels} channels")
+    log.info("precision auto is %s: %s", *found)
+    return found
 
 
-def best_precision_here(channels: int) -> str | None:
+def best_precision_here(channels: int, tokens: int | None = None) -> Resolved | None:
     """On the GPU of this process; None where there is none."""
-    return (
-        best_precision(channels, torch.device("cuda", torch.cuda.current_device()))
-        if torch.cuda.is_available()
-        else None
-    )
+    if not torch.cuda.is_available():
+        return None
+    return best_precision(channels, torch.device("cuda", torch.cuda.current_device()), tokens=tokens or TOKENS)
 
 
 def probe(channels: int, device: torch.device, *, tokens: int) -> tuple[dict[str, float], dict[str, str]]:
