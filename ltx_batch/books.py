@@ -20,6 +20,7 @@ _COLUMNS = pa.schema(
         ("ltx_sha256", pa.string()),
         ("ltx_bytes", pa.int64()),
         ("ltx_frames_sha256", pa.string()),
+        ("ltx_seed", pa.int64()),
         ("ltx_error_class", pa.string()),
         ("ltx_error", pa.string()),
         ("ltx_attempts", pa.int64()),
@@ -34,8 +35,9 @@ _COLUMNS = pa.schema(
 )
 
 
-def line(row: int, record: RenderRecord) -> dict[str, Any]:
-    """The `ltx_` columns of one row. A failed row that never got a key has none."""
+def line(row: int, record: RenderRecord, seed: int | None = None) -> dict[str, Any]:
+    """The `ltx_` columns of one row. A failed row that never got a key has none. `seed` is the row's own, which records of
+    earlier versions and of deaths do not have."""
     return {
         "ltx_row": row,
         "ltx_status": record.status,
@@ -44,6 +46,7 @@ def line(row: int, record: RenderRecord) -> dict[str, Any]:
         "ltx_sha256": record.sha256,
         "ltx_bytes": record.video_bytes,
         "ltx_frames_sha256": record.frames_sha256,
+        "ltx_seed": record.seed if seed is None else seed,
         "ltx_error_class": record.error_class,
         "ltx_error": record.error,
         "ltx_attempts": record.attempts,
@@ -66,6 +69,7 @@ def record_of_line(values: Mapping[str, Any]) -> RenderRecord:
         sha256=values["ltx_sha256"],
         video_bytes=values["ltx_bytes"],
         frames_sha256=values["ltx_frames_sha256"],
+        seed=values.get("ltx_seed"),
         attempts=values["ltx_attempts"],
         gpu_seconds=values["ltx_gpu_seconds"],
         timings={"render": values["ltx_render_seconds"]} if values["ltx_render_seconds"] else {},
@@ -96,8 +100,12 @@ class OpenShard:
 
     def settle(self, index: int, record: RenderRecord) -> None:
         assert self.lines[index] is None, "a row has one terminal line"
-        self.lines[index] = line(self.rows[index].row, record)
+        self.lines[index] = self._line(index, record)
         self.left -= 1
+
+    def _line(self, index: int, record: RenderRecord) -> dict[str, Any]:
+        row = self.rows[index]
+        return line(row.row, record, None if row.request is None else row.request.seed)
 
     def failed_count(self) -> int:
         return sum(line is not None and line["ltx_status"] == "failed" for line in self.lines)
@@ -109,7 +117,7 @@ class OpenShard:
 
     def amend(self, index: int, record: RenderRecord) -> None:
         """Give a settled row the record that turned out to stand."""
-        self.lines[index] = line(self.rows[index].row, record)
+        self.lines[index] = self._line(index, record)
 
     def finished_table(self) -> pa.Table:
         """The manifest's columns, then ours."""

@@ -14,9 +14,10 @@ class RenderRecord:
     """What became of a request. Equal rows share one record, so it holds no row_id.
 
     `video` is the file's path below the output prefix, `sha256` the hash of that file, `frames_sha256` the hash of the
-    pixels before encoding. `timings` are seconds by stage, `gpu_seconds` the time a GPU was held for rendering,
+    pixels before encoding, `seed` the one that was used, wherever it came from. `timings` are seconds by stage, `gpu_seconds` the time a GPU was held for rendering,
     `attempt_id` the name of the try that committed: a store that answers "exists" to our own repeated request is then
-    told from a lost race. `reused` is never stored: it says that this call did not render the clip.
+    told from a lost race. `retryable` is about a failure alone. `reused` is never stored: it says that this call did not
+    render the clip.
     """
 
     key: str
@@ -29,6 +30,7 @@ class RenderRecord:
     height: int | None = None
     width: int | None = None
     frame_rate: float | None = None
+    seed: int | None = None
     attempts: int = 1
     attempt_id: str | None = None
     error_class: str | None = None

@@ -147,6 +147,7 @@ class Worker:
             height=height,
             width=width,
             frame_rate=clip.frame_rate,
+            seed=task.request.seed,
             attempts=task.attempt,
             attempt_id=uuid.uuid4().hex,
             timings={name: round(seconds, 4) for name, seconds in timings.items()},
@@ -173,6 +174,7 @@ class Worker:
         return RenderRecord(
             key=task.key,
             status="failed",
+            seed=task.request.seed,
             attempts=task.attempt,
             error_class=type(error).__name__,
             error=f"{error}\n{place}".strip()[:_MESSAGE_CHARS],

@@ -18,6 +18,7 @@ OK = RenderRecord(
     sha256="ab",
     video_bytes=9,
     frames_sha256="cd",
+    seed=7,
     attempts=2,
     timings={"render": 1.5, "encode": 0.1},
     gpu_seconds=1.5,
