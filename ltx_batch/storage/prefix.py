@@ -104,4 +104,6 @@ def _reason(error: Exception) -> str:
         return f"{error}; grant reading, writing, listing and deleting there (without s3:ListBucket a missing file reads as denied)"
     if isinstance(error, FileNotFoundError):
         return f"{error}; create the bucket, or mend the name"
+    if isinstance(error, NotADirectoryError):
+        return f"{error}; a file lies where a folder must be: give another --output"
     return f"{type(error).__name__}: {error}"
