@@ -185,7 +185,7 @@ def test_probe_leaves_nothing(storage: Storage) -> None:
 
 def test_probe_refuses_a_file_where_the_output_should_be(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(StorageRefused, match="cannot be used.* give another --output"):
+    with pytest.raises(StorageRefused, match=r"cannot be used.* give another --output"):
         Storage(str(tmp_path / "out")).probe()
 
 
