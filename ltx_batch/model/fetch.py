@@ -5,15 +5,18 @@ from __future__ import annotations
 import difflib
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import shutil
-import tempfile
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from ltx_batch.errors import CheckpointError
 from ltx_batch.model.catalog import OFFICIAL, find_official
@@ -28,6 +31,8 @@ SCHEDULER_FILE = "scheduler/scheduler_config.json"
 SINGLE_FILE = "checkpoint.safetensors"  # what a single file is called in listings, whatever its own name
 _SUFFIXES = (".json", ".safetensors", ".model", ".txt", ".yaml")
 _HUB_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+?)(@(?P<revision>[\w./-]+))?(:(?P<file>[\w./-]+\.safetensors))?")
+_TELL_EVERY_S = 10.0
+log = logging.getLogger(__name__)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -175,44 +180,85 @@ def _cached_commit(place: HubPlace, error: CheckpointError) -> str:
 
 
 def _download(uri: str, options: Mapping[str, Any] | None, folders: tuple[str, ...]) -> Path:
-    """Into the user's cache, in a folder named by what the listing says, so that changed files are another folder."""
+    """Into the user's cache, in a folder named by what the listing says, so that changed files are another folder. The
+    processes of a machine bring one copy: the first brings it, and the others wait for it."""
     files = checkpoint_files(uri, options, folders=folders)
     mark = repr(sorted((name, ref.size, ref.fingerprint) for name, ref in files.items()))
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ltx_batch" / "checkpoints"
     target = cache / hashlib.sha256(f"{uri}{mark}".encode()).hexdigest()[:16]
     if not target.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
-        with _alone(cache):
+        with _alone(target, uri) as locked:
             if not target.is_dir():  # else another process has brought it meanwhile
-                check_space(cache, sum(max(ref.size, 0) for ref in files.values()), uri)
-                _bring(files, target, options)
+                _bring(uri, files, target, options, locked=locked)
     return target / SINGLE_FILE if SINGLE_FILE in files else target
 
 
-def _bring(files: Mapping[str, FileRef], target: Path, options: Mapping[str, Any] | None) -> None:
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch, "checkpoint")
-        for name, ref in files.items():
+def _bring(
+    uri: str, files: Mapping[str, FileRef], target: Path, options: Mapping[str, Any] | None, *, locked: bool
+) -> None:
+    """`target` appears whole. What a process that was killed left of it is used: each file comes whole or not at all."""
+    made = target.with_name(f"{target.name}.part" if locked else f"{target.name}.{uuid4().hex[:8]}.part")
+    missing = {name: ref for name, ref in files.items() if not (made / name).is_file()}
+    needed_bytes = sum(max(ref.size, 0) for ref in missing.values())
+    check_space(target.parent, needed_bytes, uri)
+    with _told(uri, made, needed_bytes):
+        for name, ref in missing.items():
             (made / name).parent.mkdir(parents=True, exist_ok=True)
             fetch_uri(ref.uri, made / name, options)
-        try:
-            made.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was faster, on a disk without locks
-                raise
+    try:
+        made.rename(target)
+    except OSError:
+        if not target.is_dir():  # else another process was faster, on a disk without locks
+            raise
+        shutil.rmtree(made)
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Within it, no other process of this machine is in it: the actors of a node bring one copy, and wait for it. A disk
-    without locks keeps nobody out."""
-    handle = os.open(folder, os.O_RDONLY)
+def _alone(target: Path, what: str) -> Iterator[bool]:
+    """Within it, no other process of this machine brings `target`. False: the disk knows no locks, and keeps nobody out."""
+    folder = target.parents[1] / "locks"
+    folder.mkdir(exist_ok=True)
+    handle = os.open(
+        folder / f"{target.name}.lock", os.O_RDWR | os.O_CREAT
+    )  # the lock ends with the process, the file stays
     try:
-        with suppress(OSError):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("%s: another process brings it; this one waits", what)
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        except OSError:
+            yield False
+            return
+        yield True
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _told(what: str, folder: Path, needed_bytes: int) -> Iterator[None]:
+    """Say in the log how far a download is. As warnings, since no less is shown where nothing is set up to show it, and
+    28 GB without a word look like a hang."""
+
+    def held_bytes() -> int:
+        return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+    def tell() -> None:
+        while not ended.wait(_TELL_EVERY_S):
+            with suppress(OSError):  # a file that is renamed just now
+                log.warning("%s: %.2f of %.2f GB", what, (held_bytes() - before_bytes) / 1e9, needed_bytes / 1e9)
+
+    ended, before_bytes, started_s = threading.Event(), held_bytes(), time.monotonic()
+    teller = threading.Thread(target=tell, daemon=True)
+    log.warning("%s: bringing %.2f GB to %s", what, needed_bytes / 1e9, folder.parent)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
+    log.warning("%s: brought in %.0f s", what, time.monotonic() - started_s)
 
 
 def check_space(folder: Path, needed_bytes: int, what: str) -> None:
