@@ -34,13 +34,16 @@ app = typer.Typer(
     "was started), 3 stopped before the end, 130 and 143 ended by a second signal.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut long options' names
     context_settings=_SETTINGS,
 )
 app.command(cls=WithLists)(render)
 for _verb in (run, validate, plan, status, retry, report, quality, encode, enhance, fetch, quantize):
     app.command()(_verb)
 
-_submit = typer.Typer(pretty_exceptions_enable=False, add_completion=False, context_settings=_SETTINGS)
+_submit = typer.Typer(
+    pretty_exceptions_enable=False, add_completion=False, rich_markup_mode=None, context_settings=_SETTINGS
+)
 _submit.command()(run)
 
 

@@ -45,7 +45,7 @@ def fetch(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: AsJson = False,
 ) -> int:
-    """Bring weights from the model hub into its cache: says files, size, licence and free space, asks, and checks."""
+    """Bring weights from the model hub, or list them. Says files, size, licence and free space, asks, and checks."""
     if not names:
         return _list_names(as_json)
     from ltx_batch.model.hub_download import cache_folder

@@ -59,7 +59,7 @@ def retry(
     skip_invalid: SkipInvalid = False,
     as_json: AsJson = False,
 ) -> int:
-    """Try a job's failed rows again; rows that are ok stay as they are."""
+    """Try a job's failed rows again. Rows that are ok stay as they are."""
     from ltx_batch.driver import RunOptions
 
     wanted = asked(job_file, manifest, output, overrides, skip_invalid, as_json)
@@ -88,7 +88,7 @@ def validate(
     skip_invalid: SkipInvalid = False,
     as_json: AsJson = False,
 ) -> int:
-    """Check a job file and every row of its manifest, without starting anything. Exit code 2 where rows are bad."""
+    """Check a job file and every row of its manifest. Nothing is started; exit code 2 where rows are bad."""
     from ltx_batch.foresight import validate_job
     from ltx_batch.manifest import Manifest
     from ltx_batch.renderer import check_job
@@ -123,7 +123,7 @@ def plan(
     skip_invalid: SkipInvalid = False,
     as_json: AsJson = False,
 ) -> int:
-    """Show what a run would do: rows by state and size, and an estimate from what this output has measured."""
+    """Show what a run would do. Rows by state and size, and an estimate from what this output has measured."""
     from ltx_batch.cli.tables import print_plan
     from ltx_batch.plan import make_plan
 
@@ -143,7 +143,7 @@ def status(
     skip_invalid: SkipInvalid = False,
     as_json: AsJson = False,
 ) -> int:
-    """Show how a job stands, from its output alone: nothing has to be running."""
+    """Show how a job stands. From its output alone: nothing has to be running."""
     from ltx_batch.report.status import run_status
 
     wanted = asked(job_file, manifest, output, overrides, skip_invalid, as_json)

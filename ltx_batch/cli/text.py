@@ -29,7 +29,7 @@ def encode(
     skip_invalid: SkipInvalid = False,
     as_json: AsJson = False,
 ) -> int:
-    """Encode the prompts of a job's missing rows into its text cache, and render nothing. Failed rows count as missing."""
+    """Encode prompts of missing rows into a job's text cache. Nothing is rendered; failed rows count as missing."""
     from ltx_batch import driver
     from ltx_batch.cli.progress import progress
     from ltx_batch.driver import RunOptions
