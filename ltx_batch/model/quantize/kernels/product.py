@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
-from typing import Any
 
 import torch
 import triton
@@ -293,7 +292,8 @@ def int8_product(
 ) -> torch.Tensor:
     """`reference.int8_product`."""
     columns, channels = weights[0].shape
-    out = torch.empty(len(rows), columns * len(weights), dtype=dtype, device=rows.device)
+    count = rows.shape[0]
+    out = torch.empty(count, columns * len(weights), dtype=dtype, device=rows.device)
     gate = None if table is None or temb is None else (table[slot], temb[:, slot * columns :])
 
     def run(tile: Tile, *, only_build: bool = False) -> torch.Tensor:
@@ -301,7 +301,7 @@ def int8_product(
         return out
 
     described = _is_hopper(rows.device) and channels % 16 == 0 and adjacent(weights)
-    shape = (bucket(len(rows)), columns, channels, len(weights), int(described))
+    shape = (bucket(count), columns, channels, len(weights), int(described))
     # What follows the sums is not in the shape, so that all products of one size share a choice.
     build = partial(run, only_build=True)
     return run(tuner(described=described).choose(rows.device, shape, run, build))
@@ -321,16 +321,17 @@ def launch(
     only_build: bool = False,
 ) -> None:
     """Compute `out` [M, N * parts] with this tile; `gate` is a line [N] and lines [R, N or more] to add to it."""
-    count, parts = len(rows), len(weights)
+    count, parts = rows.shape[0], len(weights)
     columns, channels = weights[0].shape
     line, lines = gate or (out, out)
-    grid = triton.cdiv(count, tile.rows) * triton.cdiv(columns, tile.columns) * parts
-    numbers = (count, columns, channels, out.stride(0), count // len(lines), lines.stride(0))
+    grid = -(-count // tile.rows) * -(-columns // tile.columns) * parts
+    line_count = lines.shape[0]
+    numbers = (count, columns, channels, out.stride(0), count // line_count, lines.stride(0))
     rest = (row_scales, *_three(scales), *_three(biases or scales), out if residual is None else residual, line, lines)
     constants = {
         "parts": parts,
         "bias": bool(biases),
-        "gate": 0 if gate is None else 1 if len(lines) == 1 else 2,
+        "gate": 0 if gate is None else 1 if line_count == 1 else 2,
         "residual": residual is not None,
         **({} if tile.described else {"even": channels % tile.depth == 0}),
         "group": _GROUP,
@@ -339,18 +340,20 @@ def launch(
         "depth": tile.depth,
     }
     kernel, programs = product_kernel, grid
-    operands: tuple[Any, ...] = (rows, *_three(weights))
+    descriptors: tuple[TensorDescriptor, ...] = ()
+    operands: tuple[torch.Tensor, ...] = (rows, *_three(weights))
     if tile.described:
         x = TensorDescriptor(rows, rows.shape, rows.stride(), [tile.rows, tile.depth])
         weight = TensorDescriptor(weights[0], [columns * parts, channels], [channels, 1], [tile.columns, tile.depth])
-        kernel, operands = described_kernel, (x, weight)
+        kernel, descriptors, operands = described_kernel, (x, weight), ()
         programs = min(grid, tile.described * multiprocessors(rows.device))
     start(
         kernel,
         programs,
-        (*operands, *rest, out, *numbers),
+        (*operands, *rest, out),
+        numbers,
         constants,
-        device=rows.device,
+        descriptors=descriptors,
         warps=tile.warps,
         stages=tile.stages,
         only_build=only_build,
@@ -359,7 +362,7 @@ def launch(
 
 def adjacent(weights: Sequence[torch.Tensor]) -> bool:
     """Whether they lie behind each other in memory, as one matrix."""
-    return all(two.data_ptr() - one.data_ptr() == one.numel() * one.element_size() for one, two in pairwise(weights))
+    return all(two.data_ptr() - one.data_ptr() == one.nbytes for one, two in pairwise(weights))
 
 
 def _three(tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

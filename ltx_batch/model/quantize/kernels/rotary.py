@@ -69,13 +69,13 @@ def norm_rotate(
     rows, channels = query.shape
     assert query.stride() == key.stride() and query.stride(1) == 1 and cos.is_contiguous() and sin.is_contiguous()
     outs = [torch.empty(query.shape, dtype=query.dtype, device=query.device) for _ in range(2)]
-    numbers = (channels, channels // 2, query.stride(0), len(cos), eps)
+    pairs = channels // 2
     start(
         rotary_kernel,
         rows,
-        (query, key, query_weight, key_weight, cos, sin, *outs, *numbers),
-        {"pairs": triton.next_power_of_2(channels // 2)},
-        device=query.device,
+        (query, key, query_weight, key_weight, cos, sin, *outs),
+        (channels, pairs, query.stride(0), cos.shape[0], eps),
+        {"pairs": 1 << (pairs - 1).bit_length()},
         warps=4 if channels < 4096 else 8,
     )
     return outs[0], outs[1]

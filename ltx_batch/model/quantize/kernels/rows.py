@@ -171,7 +171,7 @@ def _quantize(
     x: torch.Tensor, table: torch.Tensor | None, temb: torch.Tensor, eps: float, group: int, *, gelu: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scales = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     _launch(x, table, temb, out, scales, eps, group=group, gelu=gelu, quantize=True)
     return out, scales
 
@@ -189,34 +189,27 @@ def _launch(
     quantize: bool,
 ) -> None:
     rows, channels = x.shape
+    lines = temb.shape[0]
     assert x.stride(1) == 1 and temb.stride(1) == 1
+    tensors = (x, x if table is None else table, temb, out, scales)
+    numbers = (rows, channels, x.stride(0), rows // lines, temb.stride(0), eps)
+    constants = {
+        "modulate": table is not None,
+        "shared": lines == 1,
+        "gelu": gelu,
+        "quantize": quantize,
+        "group": group,
+        "blocks": blocks_of(channels, group),
+    }
 
     def run(launch: RowLaunch, *, only_build: bool = False) -> torch.Tensor:
         programs = min(rows, launch.programs * multiprocessors(x.device)) if launch.programs else rows
-        shared = (x if table is None else table, temb, out, scales)
-        numbers = (rows, channels, x.stride(0), rows // len(temb), temb.stride(0), eps)
-        constants = {
-            "modulate": table is not None,
-            "shared": len(temb) == 1,
-            "gelu": gelu,
-            "quantize": quantize,
-            "group": group,
-            "blocks": blocks_of(channels, group),
-        }
-        start(
-            row_kernel,
-            programs,
-            (x, *shared, *numbers),
-            constants,
-            device=x.device,
-            warps=warps_of(channels),
-            stages=launch.stages,
-            only_build=only_build,
-        )
+        warps, stages = warps_of(channels), launch.stages
+        start(row_kernel, programs, tensors, numbers, constants, warps=warps, stages=stages, only_build=only_build)
         return out
 
-    variant = (bucket(rows), channels, group, int(table is not None), int(len(temb) == 1), int(gelu), int(quantize))
-    choices = tuner(row_bytes(channels, lines=table is not None and len(temb) > 1))
+    variant = (bucket(rows), channels, group, int(table is not None), int(lines == 1), int(gelu), int(quantize))
+    choices = tuner(row_bytes(channels, lines=table is not None and lines > 1))
     run(choices.choose(x.device, variant, run, partial(run, only_build=True)))
 
 
@@ -225,6 +218,7 @@ def row_bytes(channels: int, *, lines: bool) -> int:
     return 2 * channels * (5 if lines else 1)
 
 
+@cache
 def blocks_of(channels: int, group: int) -> int:
     """Runs of 64 channels in a tile, as a power of two; a tensor core takes at least 16."""
     blocks = triton.next_power_of_2(triton.cdiv(channels, 256 if group == 256 else 64))

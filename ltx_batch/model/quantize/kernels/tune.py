@@ -48,12 +48,12 @@ class Tuner(Generic[Choice]):
 
     def __init__(self, kernel: str, candidates: Sequence[Choice]) -> None:
         self._kernel, self._candidates = kernel, tuple(candidates)
-        self._chosen: dict[tuple[int | None, str], Choice] = {}
+        self._chosen: dict[tuple[int | None, tuple[int, ...]], Choice] = {}
 
     def choose(
         self,
         device: torch.device,
-        shape: Sequence[int],
+        shape: tuple[int, ...],
         run: Callable[[Choice], torch.Tensor],
         build: Callable[[Choice], object],
     ) -> Choice:
@@ -64,10 +64,12 @@ class Tuner(Generic[Choice]):
         """
         if device.type != "cuda":  # Triton's interpreter
             return self._candidates[0]
-        key = (device.index, "x".join(map(str, shape)))
-        if key not in self._chosen:
-            self._chosen[key] = self._recall(device, key[1]) or self._time(device, key[1], run, build)
-        return self._chosen[key]
+        found = self._chosen.get((device.index, shape))
+        if found is None:
+            name = "x".join(map(str, shape))
+            found = self._recall(device, name) or self._time(device, name, run, build)
+            self._chosen[device.index, shape] = found
+        return found
 
     def fitting(self, capability: tuple[int, int], limit_bytes: int) -> list[Choice]:
         """The candidates for a GPU of this compute capability, with that much shared memory a program: 227 KiB on Hopper,
