@@ -14,6 +14,7 @@ from ltx_batch.lora import Shapes
 from ltx_batch.manifest import Manifest, Validation, validate
 from ltx_batch.model.catalog import TEXT_ENCODER
 from ltx_batch.model.fetch import HubPlace, locate
+from ltx_batch.model.frames import MediaProbe
 from ltx_batch.model.hub import cached_file
 from ltx_batch.model.layers import transformer_layers
 from ltx_batch.model.memory import ModelSizes
@@ -56,6 +57,7 @@ def validate_job(manifest: Manifest, job: JobSpec) -> Validation:
         tokenizer=seen.tokenizer,
         layers=seen.layers,
         planner=seen.planner,
+        probe=MediaProbe(),
         errors=seen.errors,
         warnings=seen.unchecked + seen.assumed,
     )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from ltx_batch.job import RowDefaults
 from ltx_batch.manifest import Manifest, Row, resolve_rows
@@ -31,6 +32,13 @@ def resolve(path: Path | str, *, defaults: RowDefaults = DEFAULTS, shard_rows: i
         for shard in manifest.shards(shard_rows)
         for row in resolve_rows(manifest.read(shard), manifest=manifest, shard=shard, defaults=defaults)
     ]
+
+
+def write_animation(path: Path, count: int) -> Path:
+    """`count` frames, no two alike, in a format that Pillow writes: .webp or .gif."""
+    first, *others = (Image.new("RGB", (16, 16), (10 * n % 256, n, 255 - n)) for n in range(count))
+    first.save(path, save_all=True, append_images=others, lossless=True)
+    return path
 
 
 def _parquet(path: Path, rows: Sequence[dict[str, Any]], group: int) -> None:

@@ -1,4 +1,4 @@
-"""Conditioning and input media of a manifest: whether they are there and can serve, and the hash of their bytes."""
+"""Conditioning and input media of a manifest: whether they are there, and the hash of their bytes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from ltx_batch.errors import MediaError, StorageRefused
 from ltx_batch.manifest.cells import Cells, Fault
 from ltx_batch.manifest.sources import Options
 from ltx_batch.request import Condition, RenderRequest
-from ltx_batch.storage import exists_uri, is_local_uri, join_uri, open_uri, sha256_uri
+from ltx_batch.storage import exists_uri, is_local_uri, join_uri, sha256_uri
 
 MAX_LOOKUPS = (
     100_000  # distinct files that are looked for before a run; others are found missing when their shard opens
 )
 _THREADS = 32
-_PATHS = "conditioning_media_paths"
-_INPUT = "input_media_path"
-_PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+PATHS = "conditioning_media_paths"
+INPUT = "input_media_path"
 
 
 class MediaLookup:
@@ -29,31 +28,13 @@ class MediaLookup:
     def __init__(self, options: Options, *, limit: int = MAX_LOOKUPS) -> None:
         self._options, self._limit = options, limit
         self._faults: dict[str, str | None] = {}
-        self._stills: dict[str, bool] = {}
 
     def missing(self, cells: Cells, folder: str) -> list[Fault]:
         """A fault for every row whose media are not there; relative paths start from `folder`."""
-        wanted = [(row, name, join_uri(folder, path)) for row, name, path in (*_paths(cells), *_inputs(cells))]
+        wanted = [(row, name, join_uri(folder, path)) for row, name, path in (*paths_of(cells), *inputs_of(cells))]
         new = list(dict.fromkeys(uri for _, _, uri in wanted if uri not in self._faults))
         self._look(new[: self._limit - len(self._faults)])
         return [Fault(row, name, fault) for row, name, uri in wanted if (fault := self._faults.get(uri))]
-
-    def stills(self, cells: Cells, folder: str, num_frames: int) -> list[Fault]:
-        """A fault for every row that makes a video of a picture: video to video needs as many frames as the clip has.
-
-        `num_frames` is what rows without their own have. Only local pictures are opened; videos are counted when rendered.
-        """
-        frames = cells.numbers("num_frames", default=num_frames)
-        inputs = ((row, join_uri(folder, path)) for row, _, path in _inputs(cells) if frames[row] > 1)
-        rule = "is a picture, and the clip has {} frames: give a video as long as the clip, or num_frames 1"
-        return [Fault(row, _INPUT, rule.format(int(frames[row]))) for row, uri in inputs if self._is_still(uri)]
-
-    def _is_still(self, uri: str) -> bool:
-        if not uri.lower().endswith(_PICTURES) or not is_local_uri(uri):
-            return False
-        if uri not in self._stills and len(self._stills) < self._limit:
-            self._stills[uri] = _one_frame(uri)
-        return self._stills.get(uri, False)
 
     def _look(self, uris: list[str]) -> None:
         if not uris:
@@ -99,28 +80,17 @@ def _hashed(condition: Condition, options: Options, cache: MutableMapping[str, s
     return replace(condition, media_sha256=sha256)
 
 
-def _one_frame(uri: str) -> bool:
-    """Whether a local file is a picture that does not move. One that cannot be read is told of when it is rendered."""
-    from PIL import Image
-
-    try:
-        with open_uri(uri) as file, Image.open(file) as image:
-            return getattr(image, "n_frames", 1) == 1
-    except (OSError, SyntaxError, ValueError):
-        return False
-
-
-def _paths(cells: Cells) -> Iterator[tuple[int, str, str]]:
+def paths_of(cells: Cells) -> Iterator[tuple[int, str, str]]:
     """Row, column and path of every conditioning medium that a row without faults in this column names."""
-    if _PATHS in cells:
-        lists = cells.array(_PATHS).to_pylist()
-        for row in np.flatnonzero(~cells.bad(_PATHS)):
-            yield from ((int(row), _PATHS, path) for path in lists[row] or ())
+    if PATHS in cells:
+        lists = cells.array(PATHS).to_pylist()
+        for row in np.flatnonzero(~cells.bad(PATHS)):
+            yield from ((int(row), PATHS, path) for path in lists[row] or ())
 
 
-def _inputs(cells: Cells) -> Iterator[tuple[int, str, str]]:
+def inputs_of(cells: Cells) -> Iterator[tuple[int, str, str]]:
     """The same for the media of video to video."""
-    if _INPUT in cells:
-        paths = cells.array(_INPUT).to_pylist()
-        sound = cells.present(_INPUT) & ~cells.bad(_INPUT)
-        yield from ((int(row), _INPUT, paths[row]) for row in np.flatnonzero(sound))
+    if INPUT in cells:
+        paths = cells.array(INPUT).to_pylist()
+        sound = cells.present(INPUT) & ~cells.bad(INPUT)
+        yield from ((int(row), INPUT, paths[row]) for row in np.flatnonzero(sound))

@@ -35,10 +35,8 @@ def resolve_single(
     # Texts, as in a CSV file: what does not fit its column is then a fault like any other.
     texts = {name: [value if isinstance(value, str) else json.dumps(value)] for name, value in values.items()}
     cells, broken = check(pa.table(texts), defaults)
-    media = MediaLookup(None)
     looked_for = [
-        *media.missing(cells, _HERE),
-        *media.stills(cells, _HERE, defaults.num_frames),
+        *MediaLookup(None).missing(cells, _HERE),
         *LoraLookup(None, layers).faults(cells, _HERE),
         *PlanLookup(planner, defaults).faults(cells),
     ]

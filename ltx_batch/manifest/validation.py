@@ -19,6 +19,7 @@ from ltx_batch.manifest.cells import Cells
 from ltx_batch.manifest.columns import COLUMNS, near_misses
 from ltx_batch.manifest.loras import LoraLookup, check_files, job_loras
 from ltx_batch.manifest.media import MediaLookup
+from ltx_batch.manifest.media_fit import MAX_OPENED, MediaFit, MediaProbe
 from ltx_batch.manifest.plans import PlanLookup, Planner, Told
 from ltx_batch.manifest.read import Manifest, Shard
 from ltx_batch.manifest.rows import folder_of, issues_of
@@ -69,6 +70,7 @@ def validate(
     tokenizer: Path | None,
     layers: Callable[[], Shapes | None] | None = None,
     planner: Planner | None = None,
+    probe: MediaProbe | None = None,
     errors: Sequence[RowIssue] = (),
     warnings: Sequence[RowIssue] = (),
 ) -> Validation:
@@ -78,6 +80,7 @@ def validate(
     gives the transformer's linear layers, and is asked where there are LoRA files; None leaves unchecked whether they fit,
     which is a warning where it comes from `layers`. `errors` and `warnings` are those known before.
     `planner` answers a request with its plan, or raises InvalidRow; without it no row is held against the pipeline config.
+    `probe` opens local media; without it they are only looked for.
     A value of the job that breaks a rule is told once, with JOB_FILE for a file. Raises CheckpointError for a tokenizer or
     a LoRA file of the job that cannot be used.
     """
@@ -89,19 +92,22 @@ def validate(
     found.add_warnings(warnings, len(warnings))
     plans = PlanLookup(None if of_defaults else planner, job.defaults)
     of_job = JobTold(job)
-    media, tokens, ids = MediaLookup(job.storage.options), TokenCounter(tokenizer), RowIds(manifest)
+    media, fit = MediaLookup(job.storage.options), MediaFit(probe)
+    tokens, ids = TokenCounter(tokenizer), RowIds(manifest)
     unseeded = 0
     for shard, table in _chunks(manifest, _COLUMNS):
         file = manifest.files[shard.file].uri
         cells, broken = check(table, job.defaults)
         folder = folder_of(file)
         missing = media.missing(cells, folder) + loras.faults(cells, folder)
-        stills = media.stills(cells, folder, job.defaults.num_frames)
+        unfit, doubtful = fit.told(cells, folder, job.defaults.num_frames)
         told = of_job.sift(plans.told(cells))
         planned = [fault for one in told if one.is_error for fault in one.faults()]
-        faults = in_order(broken + missing + stills + planned)
+        faults = in_order(broken + missing + unfit + planned)
         found.add_errors(issues_of(table, cells, faults, file=file, offset=shard.offset), len(faults))
-        doubts = in_order(tokens.doubts(cells) + [fault for one in told if not one.is_error for fault in one.faults()])
+        doubts = in_order(
+            tokens.doubts(cells) + doubtful + [fault for one in told if not one.is_error for fault in one.faults()]
+        )
         found.add_warnings(issues_of(table, cells, doubts, file=file, offset=shard.offset), len(doubts))
         unseeded += int(np.count_nonzero(cells.present("prompt") & ~cells.present("seed") & ~cells.present("row_id")))
         ids.add(cells)
@@ -110,6 +116,9 @@ def validate(
     found.errors += repeated
     found.error_count += len(repeated)
     about_all = _look_alikes(manifest) + _unseeded(manifest, unseeded, job.defaults.seed)
+    if fit.unopened:
+        rule = f"files beyond {MAX_OPENED['pictures']} pictures and {MAX_OPENED['videos']} videos were not opened"
+        about_all.append(RowIssue(manifest.uri, None, None, "conditioning_media_paths", None, rule))
     if layers is not None and loras.unfitted:
         about_all.append(job_issue("model.checkpoint", job.model.checkpoint, _UNFITTED))
     if tokens.note is not None:

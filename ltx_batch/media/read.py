@@ -24,6 +24,7 @@ _TIMEOUT_S = 600.0
 _CONTAINERS = "mov,matroska,webm,avi,mpeg,mpegts,ogg,flv,asf,mxf,ivf,h264,hevc,m4v,mpegvideo"
 _CONTAINER_TAGS = {"major_brand", "minor_version", "compatible_brands", "encoder"}
 _HD_LINES = 720
+_IMAGE_FAULTS = (OSError, ValueError, SyntaxError, EOFError, struct.error)  # of Pillow, beside its own
 
 
 def read_media(source: str | Path, *, num_frames: int | None = None) -> Frames:
@@ -37,6 +38,48 @@ def read_media(source: str | Path, *, num_frames: int | None = None) -> Frames:
     path = _existing(source)
     frames = _read_image(path, num_frames)
     return _read_video(path, num_frames) if frames is None else frames
+
+
+def count_frames(source: str | Path, *, at_most: int) -> int:
+    """How many frames a local image or video has, as far as `at_most`, told as quickly as it can be: of a picture enough is
+    read to know that it is whole, of a video the packets, so that pixels that cannot be decoded show only in `read_media`.
+
+    Raises MediaError as `read_media` does.
+    """
+    path = _existing(source)
+    count = _count_pictures(path)
+    if count is not None:
+        return min(count, at_most)
+    packets, faults = _ffmpeg(
+        path, ["-map", "0:v:0", "-c", "copy", "-frames:v", str(at_most), "-f", "framecrc", "pipe:1"]
+    )
+    _, lines = _framecrc(packets.decode())
+    if not lines:
+        raise MediaError(f"{path}: no frames in it")
+    if faults and len(lines) < at_most:
+        raise MediaError(f"{path}: damaged or cut off after {len(lines)} frames: {gist(faults)}")
+    return len(lines)
+
+
+def _count_pictures(path: Path) -> int | None:
+    """None where Pillow does not know the format."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            count = int(getattr(image, "n_frames", 1))
+            if image.format == "PNG":
+                image.verify()  # its checksums: no pixel is decoded
+            else:
+                image.draft(
+                    "RGB", (max(1, image.width // 8), max(1, image.height // 8))
+                )  # JPEG is read to its end all the same
+                image.load()
+        return count
+    except UnidentifiedImageError:
+        return None
+    except (*_IMAGE_FAULTS, Image.DecompressionBombError) as error:
+        raise MediaError(f"{path}: the image cannot be read: {error}") from error
 
 
 def probe_video(source: str | Path) -> tuple[int, int, int, float]:
@@ -101,7 +144,7 @@ def _read_image(path: Path, num_frames: int | None) -> Frames | None:
         return np.stack(pictures)
     except UnidentifiedImageError:
         return None
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except (*_IMAGE_FAULTS, Image.DecompressionBombError) as error:
         raise MediaError(f"{path}: the image cannot be read: {error}") from error
 
 

@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ltx_batch.errors import InvalidRow, MediaError
-from ltx_batch.media import load_frames
+from ltx_batch.media import count_frames, load_frames
 from ltx_batch.model.plan import TEMPORAL, pad_frames
 from ltx_batch.request import Condition, Prepared, RenderRequest
+
+_MAX_FRAMES = 1025  # of a clip: the manifest's contract
 
 
 def load_media(request: RenderRequest, options: Mapping[str, Any] | None = None) -> RenderRequest:
@@ -46,14 +48,19 @@ def trimmed_frames(available: int, start_frame: int, num_frames: int) -> int:
 def take_condition(frames: NDArray[np.uint8], start_frame: int, num_frames: int) -> NDArray[np.uint8]:
     """The frames of conditioning media that a clip of `num_frames` takes. Raises MediaError or InvalidRow."""
     check_pixels(frames)
-    count = trimmed_frames(len(frames), start_frame, num_frames)
+    return frames[: condition_frames(len(frames), start_frame, num_frames)]
+
+
+def condition_frames(available: int, start_frame: int, num_frames: int) -> int:
+    """How many frames of conditioning media a clip takes. Raises InvalidRow where they cannot stand there."""
+    count = trimmed_frames(available, start_frame, num_frames)
     if count > 1 and start_frame % TEMPORAL:
         raise InvalidRow(
             f"a conditioning video must start at a multiple of {TEMPORAL}, found frame {start_frame}; "
             "a picture may start at any frame",
             columns=("conditioning_start_frames",),
         )
-    return frames[:count]
+    return count
 
 
 def take_input(frames: NDArray[np.uint8], num_frames: int) -> NDArray[np.uint8]:
@@ -62,14 +69,33 @@ def take_input(frames: NDArray[np.uint8], num_frames: int) -> NDArray[np.uint8]:
     Raises MediaError where there are too few.
     """
     check_pixels(frames)
+    return frames[: input_frames(len(frames), num_frames)]
+
+
+def input_frames(available: int, num_frames: int) -> int:
+    """How many frames of input media a clip takes. Raises MediaError where there are too few."""
     needed = pad_frames(num_frames)
-    if len(frames) < needed:
-        found = "is a picture" if len(frames) == 1 else f"has {len(frames)} frames"
+    if available < needed:
+        found = "is a picture" if available == 1 else f"has {available} frames"
         raise MediaError(
-            f"the input media {found}, and a clip of {num_frames} frames needs {needed}: give a longer video, "
-            f"or num_frames {trimmed_frames(len(frames), 0, num_frames)} or less"
+            f"the input media {found}, and the clip has {num_frames} frames, which take {needed}: give a longer video, "
+            f"or num_frames {trimmed_frames(available, 0, num_frames)} or less"
         )
-    return frames[:needed]
+    return needed
+
+
+class MediaProbe:
+    """What `validate` asks of local media: how many frames they have, and whether a clip can take them."""
+
+    def frames(self, path: str) -> int:
+        """As far as the longest clip goes. Raises MediaError where they cannot be read."""
+        return count_frames(path, at_most=_MAX_FRAMES)
+
+    def condition_frames(self, available: int, start_frame: int, num_frames: int) -> int:
+        return condition_frames(available, start_frame, num_frames)
+
+    def input_frames(self, available: int, num_frames: int) -> int:
+        return input_frames(available, num_frames)
 
 
 def check_pixels(frames: NDArray[np.uint8]) -> None:

@@ -14,8 +14,8 @@ import torch
 
 from ltx_batch import Condition, RenderRequest, load_renderer
 from ltx_batch.clip import Clip
-from ltx_batch.driver import run
-from ltx_batch.errors import InvalidRow, MediaError
+from ltx_batch.driver import RunOptions, run
+from ltx_batch.errors import InvalidRow, ManifestError, MediaError
 from ltx_batch.job import VideoSpec
 from ltx_batch.media import write_video
 from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config
@@ -157,8 +157,8 @@ def test_a_picture_begins_a_picture(plain: LtxRenderer) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"input_media": Condition(pictures(8))}, MediaError, "has 8 frames, and a clip of 9 frames needs 9"),
-        ({"input_media": Condition(pictures())}, MediaError, "is a picture, and a clip of 9 frames needs 9"),
+        ({"input_media": Condition(pictures(8))}, MediaError, "has 8 frames, and the clip has 9 frames, which take 9"),
+        ({"input_media": Condition(pictures())}, MediaError, "is a picture, and the clip has 9 frames, which take 9"),
         ({"input_media": Condition("nowhere.mp4")}, MediaError, "nowhere.mp4 does not exist"),
         ({"input_media": Condition(pictures(9)), "timesteps": (1.0, 0.5)}, InvalidRow, "drowned in noise"),
         ({"input_media": Condition(pictures(9).astype(np.float32))}, MediaError, "found float32"),
@@ -181,19 +181,21 @@ def test_a_broken_file_is_named_as_the_request_names_it(plain: LtxRenderer, tmp_
 # jobs
 
 
-def test_a_job_renders_from_input_media_and_fails_rows_whose_media_are_short(tmp_path: Path, tiny: Path) -> None:
+def test_a_job_renders_from_input_media_and_refuses_rows_whose_media_are_short(tmp_path: Path, tiny: Path) -> None:
     video(tmp_path / "long.mp4", pictures(12))
     video(tmp_path / "short.mp4", pictures(5))
     paths = ["long.mp4", "short.mp4", None]
     manifest = write_manifest(tmp_path, ["from", "short", "plain"], input_media_path=paths, seed=[1, 1, 1])
     model = {"renderer": "ltx", "checkpoint": str(tiny), "precision": "fp32"}
     job = make_job(manifest, tmp_path / "out", model=model, defaults=SIZE, condition_preprocess="official")
-    summary = run(job)
+    with pytest.raises(ManifestError, match=r"row 1, input_media_path = 'short.mp4': .* has 5 frames"):
+        run(job)
+    summary = run(job, RunOptions(skip_invalid=True))
     assert (summary.ok, summary.failed) == (2, 1)
     output = check_output(job, summary.run)
     failed = output.line("short")
-    assert (failed["ltx_error_class"], failed["ltx_attempts"]) == ("MediaError", 1)
-    assert "has 5 frames, and a clip of 9 frames needs 9" in failed["ltx_error"]
+    assert (failed["ltx_error_class"], failed["ltx_attempts"]) == ("InvalidRow", 0)
+    assert "has 5 frames, and the clip has 9 frames, which take 9" in failed["ltx_error"]
     assert output.line("from")["ltx_frames_sha256"] != output.line("plain")["ltx_frames_sha256"]
 
 

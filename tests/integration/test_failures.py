@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -201,14 +203,24 @@ def pictures(tmp_path: Path) -> Path:
     folder.mkdir()
     for name, shade in (("good.png", 40), ("changed.png", 80), ("vanishes.png", 120)):
         Image.fromarray(np.full((16, 16, 3), shade, np.uint8)).save(folder / name)
-    (folder / "text.png").write_text("this is no picture")
+    _write_undecodable(folder / "spoilt.png")
     return folder
+
+
+def _write_undecodable(path: Path) -> None:
+    """A PNG whose checksums are right and whose pixels are not: `validate`, which decodes none, finds nothing wrong."""
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", 16, 16, 8, 2, 0, 0, 0), b"IDAT": b"no pixels", b"IEND": b""}
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks.items()
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_bad_conditioning_files_fail_their_rows_without_retry(tmp_path: Path, pictures: Path, workers: int) -> None:
-    """One is text, one is gone and one is another picture by the time the worker fetches it."""
-    names = ["good.png", "text.png", "changed.png", "vanishes.png"]
+    """One cannot be decoded, one is gone and one is another picture by the time the worker fetches it."""
+    names = ["good.png", "spoilt.png", "changed.png", "vanishes.png"]
     paths = [[f"media/{name}"] for name in names] + [None]
     manifest = write_manifest(
         tmp_path, [*names, "none"], conditioning_media_paths=paths, conditioning_start_frames=[[0]] * 4 + [None]
@@ -223,7 +235,7 @@ def test_bad_conditioning_files_fail_their_rows_without_retry(tmp_path: Path, pi
     summary = run(job, listen=meddle)
     output = check_output(job, summary.run)
     assert (summary.exit_code, summary.ok, summary.failed) == (1, 2, 3)
-    for name, reason in (("text.png", "text.png"), ("changed.png", "changed after"), ("vanishes.png", "not exist")):
+    for name, reason in (("spoilt.png", "spoilt.png"), ("changed.png", "changed after"), ("vanishes.png", "not exist")):
         line = output.line(name)
         assert (line["ltx_error_class"], line["ltx_attempts"]) == ("MediaError", 1) and reason in line["ltx_error"]
 

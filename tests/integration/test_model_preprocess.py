@@ -187,9 +187,9 @@ def test_an_odd_size_still_fills_the_padded_clip() -> None:
 @pytest.mark.parametrize(
     ("count", "num_frames", "message"),
     [
-        (1, 17, "the input media is a picture, and a clip of 17 frames needs 17: .* num_frames 1 or less"),
-        (16, 16, "has 16 frames, and a clip of 16 frames needs 17: .* num_frames 9 or less"),
-        (8, 9, "has 8 frames, and a clip of 9 frames needs 9"),
+        (1, 17, "the input media is a picture, and the clip has 17 frames, which take 17: .* num_frames 1 or less"),
+        (16, 16, "has 16 frames, and the clip has 16 frames, which take 17: .* num_frames 9 or less"),
+        (8, 9, "has 8 frames, and the clip has 9 frames, which take 9"),
     ],
 )
 def test_input_media_that_are_too_short_are_told(count: int, num_frames: int, message: str) -> None:

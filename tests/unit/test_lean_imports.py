@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
@@ -43,7 +44,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (folder / "checkpoint" / "scheduler").mkdir()
     (folder / "checkpoint" / "scheduler" / "scheduler_config.json").write_text("{}")
-    (folder / "picture.png").write_bytes(b"\x89PNG")
+    Image.new("RGB", (8, 8)).save(folder / "picture.png")
     media = [["picture.png"] if row % 2 else None for row in range(1000)]
     columns = {
         "row_id": [f"row-{row}" for row in range(1000)],

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import fsspec
 import pytest
-from PIL import Image
 
 from ltx_batch.errors import MediaError
 from ltx_batch.job import JobSpec
 from ltx_batch.manifest import Manifest, hash_media, validate
-from ltx_batch.manifest.media import MediaLookup
 from ltx_batch.request import Condition, RenderRequest
 from tests.manifest_files import DEFAULTS, FORMATS, resolve, write
 
@@ -40,33 +37,6 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
     rows = [{"prompt": "a", "row_id": f"r{n}", COLUMN: f"{name}.mp4"} for n, name in enumerate(("here", "gone"))]
     for kind in FORMATS:
         assert rules(write(tmp_path, rows, kind)) == {1: f"there is no file {tmp_path}/gone.mp4"}
-
-
-def test_a_picture_serves_only_a_clip_of_one_frame(tmp_path: Path) -> None:
-    still, other = Image.new("RGB", (8, 8)), Image.new("RGB", (8, 8), "white")
-    still.save(tmp_path / "still.png")
-    still.save(tmp_path / "moves.webp", save_all=True, append_images=[other], lossless=True)
-    (tmp_path / "broken.jpg").write_bytes(b"no picture")  # the row says so when it is rendered
-    wanted: list[tuple[str, int | None]] = [("still", 1), ("still", None), ("still", 9), ("moves", 9), ("broken", 9)]
-    suffixes = {"still": "png", "moves": "webp", "broken": "jpg"}
-    rows: list[dict[str, Any]] = [
-        {"prompt": "a", "row_id": f"r{n}", COLUMN: f"{name}.{suffixes[name]}", "num_frames": count}
-        for n, (name, count) in enumerate(wanted)
-    ]
-    rule = "is a picture, and the clip has {} frames: give a video as long as the clip, or num_frames 1"
-    for kind in FORMATS:
-        assert rules(write(tmp_path, rows, kind)) == {1: rule.format(17), 2: rule.format(9)}
-
-
-def test_each_picture_is_opened_once_and_not_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[str] = []
-    monkeypatch.setattr("ltx_batch.manifest.media._one_frame", lambda uri: bool(opened.append(uri)))
-    monkeypatch.setattr("ltx_batch.manifest.validation.MediaLookup", lambda options: MediaLookup(options, limit=2))
-    for name in "abc":
-        (tmp_path / f"{name}.png").write_bytes(b"picture")
-    rows = [{"prompt": "a", "row_id": f"r{n}", COLUMN: f"{'abc'[n % 3]}.png"} for n in range(9)]
-    assert rules(write(tmp_path, rows, "jsonl")) == {}
-    assert opened == [f"{tmp_path}/a.png", f"{tmp_path}/b.png"]
 
 
 def test_its_bytes_count_in_the_key_and_its_place_does_not(tmp_path: Path) -> None:

@@ -15,13 +15,16 @@ from ltx_batch.job import JobSpec, parse_job
 from ltx_batch.manifest import Manifest, Validation, resolve_rows, validate
 from ltx_batch.model.plan import Plan
 from ltx_batch.request import RenderRequest
+from tests.manifest_files import write_animation
 
 
 def make_job(folder: Path, rows: list[dict[str, Any]], pipeline_config: str, **defaults: Any) -> JobSpec:
     (folder / "rows.jsonl").write_text("".join(json.dumps({"prompt": "a", **row}) + "\n" for row in rows))
     model = {"renderer": "fake", "device": "cpu", "pipeline_config": pipeline_config}
     data = {"manifest": str(folder / "rows.jsonl"), "output": str(folder / "out"), "model": model, "workers": 0}
-    return parse_job({**data, "video": {"codec": "fake"}, "defaults": {"height": 64, "width": 64, **defaults}})
+    return parse_job(
+        {**data, "video": {"codec": "fake"}, "defaults": {"height": 64, "width": 64, "num_frames": 9, **defaults}}
+    )
 
 
 def check(job: JobSpec) -> Validation:
@@ -35,7 +38,7 @@ def errors(job: JobSpec) -> list[tuple[int | None, str | None, str]]:
 
 
 def test_each_row_is_told_with_column_and_rule(tmp_path: Path) -> None:
-    (tmp_path / "video.mp4").write_bytes(b"x")
+    write_animation(tmp_path / "video.webp", 9)
     rows: list[dict[str, Any]] = [
         {"seed": 1},
         {"timesteps": [1.0, 0.5]},
@@ -43,7 +46,7 @@ def test_each_row_is_told_with_column_and_rule(tmp_path: Path) -> None:
         {"height": 32},
         {"seed": 2, "num_inference_steps": 40, "guidance_scale": 3.0, "stg_scale": 1.0},
         {"timesteps": [1.0, 0.25]},
-        {"input_media_path": str(tmp_path / "video.mp4")},
+        {"input_media_path": str(tmp_path / "video.webp")},
         {"num_inference_steps": 12, "seed": 3},
     ]
     found = errors(make_job(tmp_path, rows, "ltxv-13b-0.9.8-dev"))
@@ -86,10 +89,10 @@ def test_a_value_of_the_pipeline_config_is_told_once(tmp_path: Path) -> None:
 
 
 def test_where_rows_name_their_input_those_without_are_told_one_by_one(tmp_path: Path) -> None:
-    (tmp_path / "video.mp4").write_bytes(b"x")
+    write_animation(tmp_path / "video.webp", 9)
     config = tmp_path / "late.yaml"
     config.write_text("num_inference_steps: 10\nskip_initial_inference_steps: 5\n")
-    rows = [{"input_media_path": str(tmp_path / "video.mp4")}, {"input_media_path": None}]
+    rows = [{"input_media_path": str(tmp_path / "video.webp")}, {"input_media_path": None}]
     found = errors(make_job(tmp_path, rows, str(config)))
     assert [(row, column) for row, column, _ in found] == [(1, "input_media_path")]
 
@@ -116,9 +119,9 @@ def requests(job: JobSpec) -> list[RenderRequest]:
 def test_timesteps_that_begin_below_1_without_input_media_are_a_warning(tmp_path: Path) -> None:
     config = tmp_path / "plain.yaml"
     config.write_text("guidance_scale: 1\n")
-    (tmp_path / "video.mp4").write_bytes(b"x")
+    write_animation(tmp_path / "video.webp", 9)
     late: dict[str, Any] = {"timesteps": [0.9, 0.5]}
-    rows = [late, {**late, "input_media_path": str(tmp_path / "video.mp4")}, {"timesteps": [1.0, 0.5]}, {"seed": 1}]
+    rows = [late, {**late, "input_media_path": str(tmp_path / "video.webp")}, {"timesteps": [1.0, 0.5]}, {"seed": 1}]
     found = check(make_job(tmp_path, rows, str(config)))
     assert found.error_count == 0
     assert [(issue.row, issue.column, issue.value) for issue in found.warnings] == [(0, "timesteps", [0.9, 0.5])]
