@@ -31,7 +31,7 @@ from benchmarks.random_model import random_parts  # noqa: E402
 from benchmarks.results_file import write_result  # noqa: E402
 from ltx_batch import RenderRequest  # noqa: E402
 from ltx_batch.model import render  # noqa: E402
-from ltx_batch.model.device import give_back, limit_memory, pick_device  # noqa: E402
+from ltx_batch.model.device import device_name, give_back, limit_memory, pick_device  # noqa: E402
 from ltx_batch.model.memory import GIB  # noqa: E402
 from ltx_batch.model.pipeline import LtxPipeline, Stopwatch  # noqa: E402
 from ltx_batch.model.pipeline_config import load_pipeline_config  # noqa: E402
@@ -143,12 +143,14 @@ def main() -> None:
     parser.add_argument("--placement", default="auto")
     parser.add_argument("--memory-gib", type=float, help="of the GPU that may be used; default: all that is free")
     parser.add_argument("--warm-up", type=int, nargs="+", default=[1], help="renders before the measured one, by size")
-    parser.add_argument("--result", type=Path, default=Path(__file__).parent / "results" / "stages.json")
+    parser.add_argument("--result", type=Path, help="default: results/stages-<GPU>.json")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     if options.tiny:
         options.models, options.sizes = ["tiny"], [(64, 96, 9), (128, 192, 9)]
     device = pick_device("cpu" if options.tiny else "cuda")
+    gpu = "tiny" if options.tiny else device_name(device).removeprefix("NVIDIA ").split()[0].lower()
+    options.result = options.result or ROOT / ("out" if options.tiny else "benchmarks/results") / f"stages-{gpu}.json"
     render.Stopwatch = PeakWatch  # type: ignore[misc]
     run(options, device)
 
