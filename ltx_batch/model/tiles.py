@@ -25,7 +25,7 @@ class Tiles:
     to_host: bool = False
 
     def __str__(self) -> str:
-        return f"{self.height}x{self.width}, {self.overlap} over{', to the host' if self.to_host else ''}"
+        return f"{self.width}x{self.height}, {self.overlap} over{', to the host' if self.to_host else ''}"
 
     @property
     def pixels(self) -> int:

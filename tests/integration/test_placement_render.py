@@ -270,7 +270,7 @@ def test_a_decode_that_runs_out_of_memory_is_done_again_in_tiles(base: Path, fau
     fault.faults["decode"] = 1
     clip = one(renderer, WIDE)
     assert fault.stages.count("denoise") == 1, "the denoising is not lost"
-    assert clip.ran["degraded"] is True and clip.ran["tiling"] == "256x192, 64 over, to the host"
+    assert clip.ran["degraded"] is True and clip.ran["tiling"] == "192x256, 64 over, to the host"
     assert clip.ran["out_of_memory"][0].startswith("decode ran out of memory: ")
     assert clip.ran["placement"]["mode"] == "resident"
     again = one(renderer, WIDE)
