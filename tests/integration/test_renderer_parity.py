@@ -14,6 +14,7 @@ from diffusers.pipelines.ltx import pipeline_ltx_condition
 from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import Image
 
+from ltx_batch.model.expected import Expected
 from ltx_batch.model.latents import from_tokens
 from ltx_batch.model.load import load_pipeline
 from ltx_batch.model.noise import row_noise
@@ -22,6 +23,7 @@ from ltx_batch.model.pipeline_config import PipelineConfig
 from ltx_batch.model.plan import plan_request
 from ltx_batch.model.preprocess import prepare_media
 from ltx_batch.model.quantize.policy import precision
+from ltx_batch.model.sources import find_sources
 from ltx_batch.request import Condition, RenderRequest
 from tests.tiny_checkpoint import LATENT_CHANNELS, write_tiny_checkpoint
 
@@ -33,7 +35,8 @@ HEIGHT, WIDTH, NUM_FRAMES, FRAME_RATE, SEED = 64, 96, 33, 24.0, 11
 @pytest.fixture(scope="module")
 def ours(tmp_path_factory: pytest.TempPathFactory) -> LtxPipeline:
     folder = write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
-    return load_pipeline(folder, precision("fp32", "cpu"), CPU, text=folder)
+    expected = Expected(None, find_sources(str(folder))[0])
+    return load_pipeline(folder, precision("fp32", "cpu"), CPU, expected=expected, text=folder)
 
 
 @pytest.fixture(scope="module")

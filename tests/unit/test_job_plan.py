@@ -132,7 +132,9 @@ def test_rows_that_cannot_be_rendered_are_not_new(tmp_path: Path) -> None:
 def test_rows_are_planned_once_for_each_of_their_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     planned: list[RenderRequest] = []
     plan_of = plan_request
-    monkeypatch.setattr("ltx_batch.foresight.plan_request", lambda one, **how: planned.append(one) or plan_of(one, **how))
+    monkeypatch.setattr(
+        "ltx_batch.foresight.plan_request", lambda one, **how: planned.append(one) or plan_of(one, **how)
+    )
     rows = [{"prompt": f"{n}", "height": 64 + 32 * (n % 3), "guidance_scale": 1 + n / 10} for n in range(90)]
     found = make_plan(make_job(tmp_path, rows))
     assert found.new == 90 and len(planned) == 4, "three heights, and of one of them a row without guidance"
