@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +13,7 @@ from ltx_batch.clip import Clip
 from ltx_batch.errors import CheckpointError, JobError
 from ltx_batch.job import JobSpec, ModelSpec
 from ltx_batch.lora import Shapes
+from ltx_batch.model.attention_choice import check_attention
 from ltx_batch.model.expected import Expected, check_config
 from ltx_batch.model.frames import load_media
 from ltx_batch.model.layers import transformer_layers, transformer_stored
@@ -233,7 +233,7 @@ def load_renderer(
         weights,
         chosen,
         place,
-        expected=_expected(recipe, sources, weights, encoder, upscaler),
+        expected=Expected.of(recipe, sources, weights, encoder, upscaler),
         text=encoder,
         upsampler=upscaler,
         text_cache=cache,
@@ -283,18 +283,6 @@ def _local_text(sources: Sources, named: str | None, options: Mapping[str, Any] 
         return error
 
 
-def _expected(
-    recipe: Mapping[str, Any] | None,
-    sources: Sources,
-    checkpoint: Path,
-    text_encoder: Path | CheckpointError | None,
-    upsampler: Path | None,
-) -> Expected:
-    encoder = text_encoder if isinstance(text_encoder, Path) else None
-    local = sources.at(checkpoint, text_encoder=encoder, upsampler=upsampler)
-    return Expected(None if recipe is None else recipe["checkpoint"]["files"], local)
-
-
 def resolve_checkpoint(checkpoint: str) -> str:
     """`demo` as its packaged folder; all other names as they are. Raises CheckpointError."""
     if checkpoint not in PACKAGED_NAMES:
@@ -339,7 +327,7 @@ def local_text_encoder(
     Raises CheckpointError."""
     sources, _ = _find(model.checkpoint or "", model.pipeline_config, model.text_encoder, model.upsampler, options)
     folder = sources.local_text_encoder(options)
-    return folder, _expected(recipe, sources, folder, folder, None)
+    return folder, Expected.of(recipe, sources, folder, folder, None)
 
 
 def layers_of(model: ModelSpec, options: Mapping[str, Any] | None = None) -> Shapes | None:
@@ -362,26 +350,6 @@ def check_job(job: JobSpec) -> None:
     check_built(job.model.precision, job.model.placement, job.condition_preprocess)
     if job.model.renderer == "ltx":
         check_attention(job.model.attention, job.model.precision, job.model.device)
-
-
-def check_attention(attention: str, precision: str, device: str) -> None:
-    """Raises JobError for a kernel of self-attention that cannot run, before anything is started.
-
-    `auto` takes the fastest of torch's own kernels, which differ by rounding alone; `native` leaves it to torch, without a
-    stopwatch; `sage` is SageAttention, which rounds queries and keys to int8 and is never taken unasked.
-    """
-    if attention not in ("auto", "native", "sage"):
-        raise JobError(f"unknown attention {attention!r}; what works: auto, native, sage")
-    if attention != "sage":
-        return
-    if device == "cpu" or precision == "fp32":
-        place = "on a CPU" if device == "cpu" else "in fp32"
-        raise JobError(f"model.attention sage does not run {place}: it takes a GPU and bf16 or an 8-bit precision")
-    if find_spec("sageattention") is None:
-        raise JobError(
-            "model.attention is sage, and SageAttention is not installed: pip install sageattention on every node, or leave "
-            "attention at auto"
-        )
 
 
 def resolve_preprocess(asked: str | None, named: PipelineConfig | None) -> str:

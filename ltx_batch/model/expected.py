@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ltx_batch.errors import CheckpointError
@@ -38,6 +39,20 @@ class Expected:
 
     sha256: Mapping[str, str] | None
     local: Sources
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Mapping[str, Any] | None,
+        sources: Sources,
+        checkpoint: Path,
+        text_encoder: Path | CheckpointError | None,
+        upsampler: Path | None,
+    ) -> Expected:
+        """What `recipe` says of `sources`, which were brought to these places; a text encoder may not be to be had."""
+        encoder = text_encoder if isinstance(text_encoder, Path) else None
+        local = sources.at(checkpoint, text_encoder=encoder, upsampler=upsampler)
+        return cls(None if recipe is None else recipe["checkpoint"]["files"], local)
 
     @contextmanager
     def weights(self) -> Iterator[None]:
