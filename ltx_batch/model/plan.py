@@ -192,7 +192,7 @@ def _pass_sizes(target: Target, config: PipelineConfig) -> list[tuple[int, int]]
         raise InvalidRow(
             f"{target.width}x{target.height} is too small for a multi-scale pipeline: its first pass runs at "
             f"{config.downscale_factor:.3g} of the size; take at least {pad_size(least)}x{pad_size(least)}",
-            columns=("height", "width") if low[0] == 0 else ("width",),
+            columns=[name for name, side in zip(("height", "width"), low, strict=True) if side == 0],
         )
     return [(low[0], low[1]), (2 * low[0], 2 * low[1])]
 
