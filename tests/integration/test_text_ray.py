@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import psutil
 import pytest
 from job_runs import make_job, ray_cluster, read_records, write_manifest
 
+from ltx_batch import driver
 from ltx_batch.driver import encode, run
 from ltx_batch.job import JobSpec
 from ltx_batch.model.text_key import TextIdentity, encoder_fingerprint
@@ -111,6 +113,27 @@ def test_a_text_that_cannot_be_encoded_stops_no_other(tiny: Path, tmp_path: Path
     summary = encode(job)
     assert summary.stopped is None and summary.text is not None
     assert summary.text["failed"] == 1 and summary.text["encoded"] + summary.text["cached"] == 40
+
+
+@pytest.mark.parametrize("text", ["stage", "inline"])
+def test_weights_that_changed_since_the_run_began_end_it(
+    tiny: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other try can help, so none is made."""
+    changed = Path(shutil.copytree(tiny, tmp_path / "changed"))
+    opened = driver.open_pool
+
+    def replaced(job: JobSpec) -> Any:
+        weights = changed / "text_encoder" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+        return opened(job)
+
+    monkeypatch.setattr(driver, "open_pool", replaced)
+    job = staged(changed, tmp_path, PROMPTS, text=text)
+    summary = run(job)
+    assert summary.exit_code == 3 and summary.stopped is not None
+    assert "CheckpointError" in summary.stopped and "text_encoder/model.safetensors has sha256" in summary.stopped
+    assert read_records(job) == {} and not list((tmp_path / "out" / "text").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize("allowed", [2, 1])
