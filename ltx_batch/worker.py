@@ -12,7 +12,6 @@ import json
 import os
 import socket
 import tempfile
-import threading
 import time
 import traceback
 import uuid
@@ -30,6 +29,7 @@ from ltx_batch.ledger import Ledger
 from ltx_batch.lora import LoraCache
 from ltx_batch.media import write_clip
 from ltx_batch.model.frames import load_media
+from ltx_batch.one_thread import OneThread
 from ltx_batch.record import RenderRecord
 from ltx_batch.renderer import Renderer, load_renderer
 from ltx_batch.request import RenderRequest
@@ -57,10 +57,12 @@ class Worker:
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self._plan = plan
         self._ledger = Ledger(open_output(plan.job))
-        self._rendering = threading.Lock()
+        # One thread loads and renders. With a second one libgomp would keep a second team of threads, see more of them than
+        # there are cores, and stop spinning between its loops: a third slower (benchmarks/results/overhead.json).
+        self._torch = OneThread("render")
         self._loras = LoraCache(plan.job.storage.options)
         started_s = time.perf_counter()
-        self._renderer = open_renderer(plan)
+        self._renderer = self._torch.call(lambda: open_renderer(plan))
         self.load_s = time.perf_counter() - started_s
         self._versions = _versions()
 
@@ -104,12 +106,15 @@ class Worker:
     ) -> list[tuple[Task, Clip, dict[str, float]]]:
         if not ready:
             return []
+
+        def timed() -> tuple[list[Clip], float]:
+            started_s = time.perf_counter()
+            unquantised = any(task.unquantised for task, _, _ in ready)
+            clips = self._renderer.render([request for _, request, _ in ready], unquantised=unquantised)
+            return clips, (time.perf_counter() - started_s) / len(ready)
+
         try:
-            with self._rendering:
-                started_s = time.perf_counter()
-                unquantised = any(task.unquantised for task, _, _ in ready)
-                clips = self._renderer.render([request for _, request, _ in ready], unquantised=unquantised)
-                render_s = (time.perf_counter() - started_s) / len(ready)
+            clips, render_s = self._torch.call(timed)
         except Exception as error:
             records |= {task.key: self._failure(task, error) for task, _, _ in ready}
             return []
