@@ -53,7 +53,10 @@ class Worker:
     """Loads the renderer; raises UsageError where the plan cannot be honoured here."""
 
     def __init__(self, plan: WorkerPlan) -> None:
-        os.environ["OMP_NUM_THREADS"] = str(plan.job.worker.torch_threads)  # read when torch is first imported
+        # Both are read when torch is first imported. With fixed segments a whole 4K decode ran out of memory over 9 GiB that
+        # lay between blocks (benchmarks/results/stages-h100.json).
+        os.environ["OMP_NUM_THREADS"] = str(plan.job.worker.torch_threads)
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self._plan = plan
         self._ledger = Ledger(open_output(plan.job))
