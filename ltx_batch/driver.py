@@ -101,7 +101,7 @@ class _Run:
         check_paths(self.job)
         self._open()
         if self._finished_before():
-            return self.tally.summary()
+            return self.tally.summary(idle=True)
         invalid = self._check()
         self.storage.probe()
         try:
@@ -126,7 +126,11 @@ class _Run:
         self.admission = Admission(self.job, self.ledger, self.manifest, self.run, self.options.check_media)
 
     def _finished_before(self) -> bool:
-        """Count finished shards; True where that is all there is to do."""
+        """Count finished shards; True where that is all there is to do. Raises JobError where there is no run to retry."""
+        if self.options.retry and not self.text_only and self.ledger.read_run(self.run) is None:
+            raise JobError(
+                f"there is nothing to retry: this job, as it is now, was not run into {self.job.output} yet; use run"
+            )
         shards = list(self.manifest.shards(self.job.shard_rows))
         reopened = self.admission.count_finished(shards, self.tally, retry=self.options.retry)
         self.tally.shards, self.tally.shards_done = len(shards), len(shards) - reopened

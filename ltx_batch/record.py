@@ -55,6 +55,8 @@ class RenderRecord:
     def to_json(self) -> bytes:
         data = asdict(self)
         del data["reused"]
+        if self.ok:
+            del data["retryable"]
         return json.dumps(data, sort_keys=True, indent=1).encode() + b"\n"
 
     @classmethod

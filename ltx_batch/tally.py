@@ -19,7 +19,7 @@ class Summary:
     """What a run came to. `rendered`, `gpu_seconds` and `seconds` are this call's; `cost` is null without a price.
 
     `ready_s` is the part of `seconds` that went by before a worker was ready: start-up of Ray, text phase, model load.
-    `text` is what the text phase did: `{"encoded", "cached", "failed", "seconds"}`, null where there was none.
+    `idle`: nothing was left to do. `text` is what the text phase did: `{"encoded", "cached", "failed", "seconds"}`, null where there was none.
     """
 
     run: str
@@ -40,6 +40,7 @@ class Summary:
     top_errors: tuple[tuple[str, int], ...] = ()
     draining: bool = False
     stopped: str | None = None
+    idle: bool = False
     text: dict[str, Any] | None = None
 
     @property
@@ -109,7 +110,9 @@ class Tally:
         if self.ready_s is None:
             self.ready_s = round(time.monotonic() - self.started_s, 3)
 
-    def summary(self, *, workers: int = 0, draining: bool = False, stopped: str | None = None) -> Summary:
+    def summary(
+        self, *, workers: int = 0, draining: bool = False, stopped: str | None = None, idle: bool = False
+    ) -> Summary:
         seconds = time.monotonic() - self.started_s
         active = seconds if self.first_s is None else time.monotonic() - self.first_s
         rate = (self.rendered - 1) / active if self.rendered > 1 and active > 0 else 0.0
@@ -133,5 +136,6 @@ class Tally:
             top_errors=tuple(self.errors.most_common(_TOP_ERRORS)),
             draining=draining,
             stopped=stopped,
+            idle=idle,
             text=self.text,
         )

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 _SHOWN_ERRORS = 50
 _SHOWN_WARNINGS = 20
 
+_AS_OF: dict[tuple[str, str | None], str] = {  # which counts a status shows where nobody writes heartbeats any more
+    ("silent", "heartbeat"): ", as of that heartbeat",
+    ("silent", "shards"): ", in finished shards: the heartbeat is older",
+}
+
 CheckMedia = Annotated[
     bool, typer.Option("--check-media", help="Look at finished shards again: their media may have changed.")
 ]
@@ -73,6 +78,9 @@ def _drive(wanted: Asked, options: RunOptions) -> int:
     job = wanted.load()
     with progress(f"{wanted.name} -> {job.output}") as listener:
         summary = driver.run(job, options, listen=listener)
+    if summary.idle:
+        what = "no row has failed: there is nothing to retry" if options.retry else "no row is left to render"
+        print(what, file=sys.stderr if wanted.as_json else sys.stdout)
     print_summary(wanted, job.output, summary)
     code = 0 if summary.exit_code == 1 and job.on_failed_rows == "exit0" else summary.exit_code
     if wanted.as_json:
@@ -155,7 +163,7 @@ def status(
     age = "" if found.heartbeat_age_s is None else f", last heartbeat {duration(found.heartbeat_age_s)} ago"
     dead = ": the driver seems dead" if found.state == "silent" else ""
     print(f"{found.state}{age}{dead}")
-    print(counts(found.as_dict()))
+    print(counts(found.as_dict()) + _AS_OF.get((found.state, found.source), ""))
     if found.state == "running":
         left = "" if found.eta_s is None else f", {duration(found.eta_s)} left"
         print(f"{found.rows_per_s:.2f} rows/s, {found.workers} workers{left}")
@@ -191,6 +199,8 @@ def report(
         return 0
     more = "" if sheet.clips == sheet.ok else f"; the sheet shows {sheet.clips} different clips"
     print(f"{sheet.ok} of {sheet.rows} rows ok{more}")
+    if sheet.unfinished:
+        print(f"the run is not finished: {sheet.unfinished} more rows are in no finished shard yet, and not shown")
     print_places(job.output, sheet.run, sys.stdout)
     print(f"sheet    {sheet.path}")
     own = f'{program("ltx-batch")} render "a blue square moves up over a white background" -o clip.mp4'

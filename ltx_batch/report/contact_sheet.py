@@ -39,13 +39,15 @@ _PAPER, _INK, _BLANK = (250, 250, 248), (32, 32, 32), (220, 220, 216)
 
 @dataclass(frozen=True, slots=True)
 class ContactSheet:
-    """`path` is where the sheet lies, `clips` how many it shows, `ok` and `rows` what the finished shards hold."""
+    """`path` is where the sheet lies, `clips` how many it shows, `ok` and `rows` what the finished shards hold; `unfinished`
+    rows of the manifest are in none of them yet."""
 
     run: str
     path: str
     clips: int
     ok: int
     rows: int
+    unfinished: int = 0
 
 
 def write_contact_sheet(job: JobSpec, *, limit: int = MAX_CLIPS) -> ContactSheet:
@@ -67,7 +69,7 @@ def write_contact_sheet(job: JobSpec, *, limit: int = MAX_CLIPS) -> ContactSheet
     if run is None or not rows:
         raise JobError(f"{job.output} has no finished shard of this job yet: run the job first, then report")
     storage.replace(NAME, _png(draw([(prompt, _frames(storage, video)) for video, prompt in clips.items()])))
-    return ContactSheet(run, storage.path(NAME), len(clips), ok, rows)
+    return ContactSheet(run, storage.path(NAME), len(clips), ok, rows, manifest.rows - rows)
 
 
 def draw(clips: Sequence[tuple[str, Sequence[Image.Image]]]) -> Image.Image:

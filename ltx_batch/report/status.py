@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -15,14 +16,18 @@ from ltx_batch.worker import open_output
 
 DEAD_AFTER_S = 60.0  # a driver writes its heartbeat every 10 s
 State = Literal["not started", "running", "silent", "stopped", "finished"]
+Source = Literal["heartbeat", "shards"]
 _TOP_ERRORS = 5
 _MESSAGE_CHARS = 160
 
 
 @dataclass(frozen=True, slots=True)
 class RunStatus:
-    """`rendered`, `seconds`, `gpu_seconds` and `cost` are those of the last call. `silent`: neither finished nor heard of
-    for `DEAD_AFTER_S`, so that its driver is probably dead."""
+    """`silent`: neither finished nor heard of for `DEAD_AFTER_S`, so that its driver is probably dead.
+
+    All counts are from one `source`. The heartbeat knows rows of open shards; its `rendered`, `seconds`, `gpu_seconds` and
+    `cost` are the last call's. Where it is older than the finished shards, these are counted: all that the run rendered.
+    """
 
     run: str | None
     state: State
@@ -40,6 +45,7 @@ class RunStatus:
     shards: int = 0
     shards_done: int = 0
     heartbeat_age_s: float | None = None
+    source: Source | None = None
     stopped: str | None = None
     top_errors: tuple[tuple[str, int], ...] = ()
 
@@ -56,43 +62,59 @@ def run_status(job: JobSpec) -> RunStatus:
     shards = sum(1 for _ in manifest.shards(job.shard_rows))
     if run is None or (beat is None and ledger.read_run(run) is None):
         return RunStatus(run, "not started", manifest.rows, shards=shards)
-    ok, failed, shards_done, errors = _finished(ledger, run)
-    heard = dict(beat or {})
-    age_s = time.time() - heard["at_unix_s"] if beat else None
-    # A heartbeat may be older than the last shard, and finished shards know nothing of rows in open ones.
-    if heard.get("ok", 0) + heard.get("failed", 0) > ok + failed:
-        ok, failed, errors = heard["ok"], heard["failed"], heard["top_errors"]
-    told = {name: heard[name] for name in _TOLD if name in heard}
-    state = _state(ok + failed == manifest.rows, heard.get("stopped"), age_s)
+    age_s = time.time() - beat["at_unix_s"] if beat else None
+    counted = _finished(ledger, run, job.gpu_hour_price)
+    finished = counted["ok"] + counted["failed"] == manifest.rows
+    running = age_s is not None and age_s < DEAD_AFTER_S and not finished
+    by_beat = beat is not None and (running or beat["ok"] + beat["failed"] >= counted["ok"] + counted["failed"])
+    told = _told(beat) if by_beat and beat is not None else counted
+    if told["stopped"] or not running:  # of workers that are no more
+        told |= {"rows_per_s": 0.0, "eta_s": None, "workers": 0}
     return RunStatus(
         **told,
         run=run,
-        state=state,
+        state=_state(told["ok"] + told["failed"] == manifest.rows, told["stopped"], running),
         rows=manifest.rows,
-        ok=ok,
-        failed=failed,
-        reused=ok - min(ok, heard.get("rendered", 0)),
         shards=shards,
-        shards_done=shards_done,
         heartbeat_age_s=None if age_s is None else round(age_s, 1),
-        top_errors=tuple((message, count) for message, count in errors),
+        source="heartbeat" if by_beat else "shards",
     )
 
 
-_TOLD = ("rendered", "seconds", "gpu_seconds", "cost", "rows_per_s", "eta_s", "workers", "stopped")
+_COLUMNS = ["ltx_status", "ltx_reused", "ltx_gpu_seconds", "ltx_error_class", "ltx_error"]
+_TOLD = ("ok", "failed", "rendered", "seconds", "gpu_seconds", "cost", "rows_per_s", "eta_s", "workers", "stopped")
 
 
-def _finished(ledger: Ledger, run: str) -> tuple[int, int, int, list[tuple[str, int]]]:
-    """Ok rows, failed rows, shards, and the most frequent errors of finished shards."""
-    statuses: Counter[str] = Counter()
+def _told(beat: Mapping[str, Any]) -> dict[str, Any]:
+    errors = tuple((message, count) for message, count in beat.get("top_errors", ()))
+    told = {name: beat.get(name) for name in _TOLD}
+    reused = max(0, beat["ok"] - beat["rendered"])
+    return {**told, "reused": reused, "shards_done": beat.get("shards_done", 0), "top_errors": errors}
+
+
+def _finished(ledger: Ledger, run: str, gpu_hour_price: float | None) -> dict[str, Any]:
+    """What the lines of finished shards say."""
+    counts: Counter[str] = Counter()
     errors: Counter[str] = Counter()
-    shards = 0
+    shards, gpu_seconds = 0, 0.0
     for table in read_lines(ledger, run):
         shards += 1
-        lines = table.select(["ltx_status", "ltx_error_class", "ltx_error"]).to_pylist()
-        statuses.update(line["ltx_status"] for line in lines)
-        errors.update(_described(line) for line in lines if line["ltx_status"] == "failed")
-    return statuses["ok"], statuses["failed"], shards, errors.most_common(_TOP_ERRORS)
+        for line in table.select(_COLUMNS).to_pylist():
+            if line["ltx_status"] == "failed":
+                counts["failed"] += 1
+                errors[_described(line)] += 1
+            else:
+                counts["reused" if line["ltx_reused"] else "rendered"] += 1
+                gpu_seconds += 0.0 if line["ltx_reused"] else line["ltx_gpu_seconds"] or 0.0
+    return {
+        "ok": counts["rendered"] + counts["reused"],
+        **{name: counts[name] for name in ("failed", "rendered", "reused")},
+        "gpu_seconds": round(gpu_seconds, 3),
+        "cost": None if gpu_hour_price is None else round(gpu_seconds / 3600 * gpu_hour_price, 4),
+        "shards_done": shards,
+        "top_errors": tuple(errors.most_common(_TOP_ERRORS)),
+        "stopped": None,
+    }
 
 
 def _described(line: dict[str, Any]) -> str:
@@ -100,9 +122,9 @@ def _described(line: dict[str, Any]) -> str:
     return f"{line['ltx_error_class']}: {first_line}"[:_MESSAGE_CHARS]
 
 
-def _state(finished: bool, stopped: str | None, age_s: float | None) -> State:
+def _state(finished: bool, stopped: str | None, running: bool) -> State:
     if finished:
         return "finished"
     if stopped:
         return "stopped"
-    return "running" if age_s is not None and age_s < DEAD_AFTER_S else "silent"
+    return "running" if running else "silent"

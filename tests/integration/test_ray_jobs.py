@@ -128,7 +128,7 @@ def test_submitting_twice_starts_one_job_that_ctrl_c_leaves_alone(cluster: Clust
     assert f"ray job stop --address {cluster.address} {key[1]}" in said
     printed, said = second.communicate(timeout=60)
     assert second.returncode == 1, said
-    assert "2 rows: 1 ok (1 rendered now, 0 from before), 1 failed" in printed
+    assert "2 rows: 1 ok (1 rendered, 0 reused), 1 failed" in printed
 
 
 @pytest.mark.parametrize("token", [None, "0" * 64], ids=["missing", "wrong"])
