@@ -163,9 +163,9 @@ def judge_first_frame(renderer: LtxRenderer, count: int) -> dict[str, Any]:
         ]
         for clip, request, still in zip(renderer.render(requests), requests, stills, strict=True):
             first, given = _pixels(clip.frames[0]), request.conditions[0].media
-            assert isinstance(given, Prepared)  # of the clip's own size: nothing but a scaling to -1..1 follows
+            assert isinstance(given, Prepared)  # fp32 [F, 3, H, W] in -1..1, of the clip's own size
             to_picture.append(psnr_db(first, _pixels(still[0])))
-            to_given.append(psnr_db(first, _pixels(given.frames[0])))
+            to_given.append(psnr_db(first, torch.from_numpy(given.frames[0]).movedim(0, -1)))
     return {"clips": count, "to_picture": _summary(to_picture), "to_tensor_given_to_vae": _summary(to_given)}
 
 
