@@ -1,6 +1,6 @@
 """One worker: a loaded renderer that turns units into committed clips. Knows no Ray.
 
-`run` may be called from several threads: rendering is one at a time, while other units fetch their media, encode or
+`run` may be called from several threads: rendering is one at a time, while other units fetch their media, encode (on a GPU) or
 upload. That is the whole of the overlap between the GPU and the rest.
 """
 
@@ -127,11 +127,17 @@ class Worker:
         ]
 
     def _commit(self, task: Task, clip: Clip, timings: dict[str, float]) -> RenderRecord:
-        with _scratch() as folder:
-            video = Path(folder, f"{task.key}{clip.suffix}")
+        def encode() -> float:
             started_s = time.perf_counter()
             self._encode(task, clip, video)
-            timings["encode"] = time.perf_counter() - started_s
+            return time.perf_counter() - started_s
+
+        with _scratch() as folder:
+            video = Path(folder, f"{task.key}{clip.suffix}")
+            # Beside a render on a CPU the encoder would take a core from it, and the others would wait for that one in every
+            # loop: in turn they take less together (benchmarks/results/overhead.json).
+            in_turn = self._renderer.device == "cpu"
+            timings["encode"] = self._torch.call(encode) if in_turn else encode()
             return self._ledger.commit(self._record(task, clip, timings), video)
 
     def _encode(self, task: Task, clip: Clip, target: Path) -> None:
