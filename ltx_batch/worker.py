@@ -49,6 +49,16 @@ class WorkerPlan:
     precision: str
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A rendered clip on its way to the output: `video` is its file in scratch, `timings` are seconds by stage so far."""
+
+    task: Task
+    clip: Clip
+    video: Path
+    timings: dict[str, float]
+
+
 class Worker:
     """Loads the renderer; raises UsageError where the plan cannot be honoured here."""
 
@@ -62,10 +72,10 @@ class Worker:
         self._ledger = Ledger(open_output(plan.job))
         # One thread loads and renders. With a second one libgomp would keep a second team of threads, see more of them than
         # there are cores, and stop spinning between its loops: a third slower (benchmarks/results/overhead.json).
-        self._torch = OneThread("render")
+        self._thread = OneThread("render")
         self._loras = LoraCache(plan.job.storage.options)
         started_s = time.perf_counter()
-        self._renderer = self._torch.call(lambda: open_renderer(plan))
+        self._renderer = self._thread.call(lambda: open_renderer(plan))
         self.load_s = time.perf_counter() - started_s
         self._versions = _versions()
 
@@ -91,13 +101,18 @@ class Worker:
                 started_s = time.perf_counter()
                 request = self._renderer.prepare(self._fetch(task.request))
                 ready.append((task, request, time.perf_counter() - started_s))
-        for task, clip, timings in self._render(ready, records):
-            with self._catch(task, records):
-                records[task.key] = self._commit(task, clip, timings)
+        try:
+            with _scratch() as folder:
+                for made in self._render(ready, records, Path(folder)):
+                    with self._catch(made.task, records):
+                        records[made.task.key] = self._commit(made)
+        except Exception as error:
+            records |= {task.key: self._failure(task, error) for task, _, _ in ready if task.key not in records}
         return [records[task.key] for task in unit.tasks]
 
     def close(self) -> None:
         self._renderer.close()
+        self._thread.close()
 
     def _fetch(self, request: RenderRequest) -> RenderRequest:
         """The request with its media and LoRA files read into memory and checked against their hashes."""
@@ -105,49 +120,48 @@ class Worker:
         return replace(load_media(request, self._plan.job.storage.options), loras=loras)
 
     def _render(
-        self, ready: list[tuple[Task, RenderRequest, float]], records: dict[str, RenderRecord]
-    ) -> list[tuple[Task, Clip, dict[str, float]]]:
-        if not ready:
-            return []
+        self, ready: list[tuple[Task, RenderRequest, float]], records: dict[str, RenderRecord], folder: Path
+    ) -> list[_Made]:
+        """Clips, each with the place of its file; a clip that could not be encoded has its record already."""
 
-        def timed() -> tuple[list[Clip], float]:
-            started_s = time.perf_counter()
-            unquantised = any(task.unquantised for task, _, _ in ready)
-            clips = self._renderer.render([request for _, request, _ in ready], unquantised=unquantised)
-            return clips, (time.perf_counter() - started_s) / len(ready)
+        def turn() -> list[_Made]:
+            made = self._clips(ready, folder)
+            # Beside a render on a CPU the encoder would take a core from it, and the others would wait for that one in every
+            # loop: in turn they take less together (benchmarks/results/overhead.json).
+            for one in made if self._renderer.device == "cpu" else ():
+                with self._catch(one.task, records):
+                    self._encode(one)
+            return [one for one in made if one.task.key not in records]
 
-        try:
-            clips, render_s = self._torch.call(timed)
-        except Exception as error:
-            records |= {task.key: self._failure(task, error) for task, _, _ in ready}
-            return []
+        return self._thread.call(turn) if ready else []
+
+    def _clips(self, ready: list[tuple[Task, RenderRequest, float]], folder: Path) -> list[_Made]:
+        started_s = time.perf_counter()
+        unquantised = any(task.unquantised for task, _, _ in ready)
+        clips = self._renderer.render([request for _, request, _ in ready], unquantised=unquantised)
+        render_s = (time.perf_counter() - started_s) / len(ready)
         return [
-            (task, clip, {**clip.timings, "fetch": fetch_s, "render": render_s})
+            _Made(
+                task, clip, folder / f"{task.key}{clip.suffix}", {**clip.timings, "fetch": fetch_s, "render": render_s}
+            )
             for (task, _, fetch_s), clip in zip(ready, clips, strict=True)
         ]
 
-    def _commit(self, task: Task, clip: Clip, timings: dict[str, float]) -> RenderRecord:
-        def encode() -> float:
-            started_s = time.perf_counter()
-            self._encode(task, clip, video)
-            return time.perf_counter() - started_s
+    def _commit(self, made: _Made) -> RenderRecord:
+        if "encode" not in made.timings:
+            self._encode(made)
+        return self._ledger.commit(self._record(made.task, made.clip, made.timings), made.video)
 
-        with _scratch() as folder:
-            video = Path(folder, f"{task.key}{clip.suffix}")
-            # Beside a render on a CPU the encoder would take a core from it, and the others would wait for that one in every
-            # loop: in turn they take less together (benchmarks/results/overhead.json).
-            in_turn = self._renderer.device == "cpu"
-            timings["encode"] = self._torch.call(encode) if in_turn else encode()
-            return self._ledger.commit(self._record(task, clip, timings), video)
-
-    def _encode(self, task: Task, clip: Clip, target: Path) -> None:
+    def _encode(self, made: _Made) -> None:
         """The file holds what names it, and nothing that changes from run to run; the rest is in the record."""
+        started_s = time.perf_counter()
         if self._plan.job.video.codec == "fake":
-            write_fake_video(clip, target)
+            write_fake_video(made.clip, made.video)
         else:
             recipe = json.dumps(dict(self._plan.recipe), sort_keys=True)
-            metadata = {"ltx_batch_key": task.key, "ltx_batch_recipe": recipe}
-            write_clip(clip, target, self._plan.job.video, metadata=metadata)
+            metadata = {"ltx_batch_key": made.task.key, "ltx_batch_recipe": recipe}
+            write_clip(made.clip, made.video, self._plan.job.video, metadata=metadata)
+        made.timings["encode"] = time.perf_counter() - started_s
 
     def _record(self, task: Task, clip: Clip, timings: dict[str, float]) -> RenderRecord:
         frames, height, width, _ = clip.frames.shape
@@ -201,7 +215,7 @@ class Worker:
 
 
 def _scratch() -> tempfile.TemporaryDirectory[str]:
-    """A folder for one file's while: a worker is ended by a kill, and must not leave one behind for its whole life."""
+    """A folder for one unit's while: a worker is ended by a kill, and must not leave one behind for its whole life."""
     return tempfile.TemporaryDirectory(prefix="ltx_batch-")
 
 

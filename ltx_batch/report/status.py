@@ -64,9 +64,10 @@ def run_status(job: JobSpec) -> RunStatus:
         return RunStatus(run, "not started", manifest.rows, shards=shards)
     age_s = time.time() - beat["at_unix_s"] if beat else None
     counted = _finished(ledger, run, job.gpu_hour_price)
-    finished = counted["ok"] + counted["failed"] == manifest.rows
-    running = age_s is not None and age_s < DEAD_AFTER_S and not finished
-    by_beat = beat is not None and (running or beat["ok"] + beat["failed"] >= counted["ok"] + counted["failed"])
+    settled = 0 if beat is None else beat["ok"] + beat["failed"]
+    # While failed rows are retried the shards of the last epoch still stand, and only the heartbeat knows of rows to come.
+    running = age_s is not None and age_s < DEAD_AFTER_S and settled < manifest.rows
+    by_beat = beat is not None and (running or settled >= counted["ok"] + counted["failed"])
     told = _told(beat) if by_beat and beat is not None else counted
     if told["stopped"] or not running:  # of workers that are no more
         told |= {"rows_per_s": 0.0, "eta_s": None, "workers": 0}

@@ -119,6 +119,16 @@ def test_status_by_a_heartbeat_that_knows_more_says_how_old_it_is(
     assert "as of that heartbeat" in told
 
 
+def test_status_of_a_retry_that_goes_on(tmp_path: Path) -> None:
+    """The shards of the epoch before are all there, and tell less than the heartbeat."""
+    _, job = job_file(tmp_path, ["one", "two", "broken [raise]"])
+    told = run(job)
+    beat = {**told.as_dict(), "failed": 0, "workers": 2, "at_unix_s": time.time()}
+    ledger_of(job).write_status(told.run, beat)
+    found = run_status(job)
+    assert (found.state, found.source, found.workers, found.ok, found.failed) == ("running", "heartbeat", 2, 2, 0)
+
+
 def test_a_report_of_an_unfinished_run_says_what_it_leaves_out(
     killed: tuple[str, JobSpec], capsys: pytest.CaptureFixture[str]
 ) -> None:
