@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from ltx_batch.model.perturb import perturbed
 from ltx_batch.model.plan import PassPlan
 from ltx_batch.model.text import Text
 
+Call = Callable[..., torch.Tensor]  # (transformer, **its inputs) -> velocity
 _EPSILON = 1e-6  # sigmas closer than this are the same; LTX-Video, schedulers/rf.py
 
 
@@ -28,11 +29,13 @@ def denoise_pass(
     *,
     image_cond_noise_scale: float,
     timestep_scale: float = 1000.0,
+    call: Call | None = None,
 ) -> torch.Tensor:
     """Run the loop of LTX-Video's pipelines/pipeline_ltx_video.py; returns clean tokens fp32 [B, N - extra, C].
 
     A token given with strength s begins at sigma 1 - s: it waits until the loop is down there, and one of strength 1 is
-    never denoised. `negative` may be None where no step's guidance needs it.
+    never denoised. `negative` may be None where no step's guidance needs it. `call` calls the transformer in place of
+    Python.
     """
     latents = tokens.latents
     levels = None if tokens.strengths is None else 1.0 - tokens.strengths
@@ -43,7 +46,7 @@ def denoise_pass(
         at = sigmas[step].view(1, 1) if levels is None else torch.minimum(sigmas[step], levels)
 
         def predict(rows: torch.Tensor, text: Text, at: torch.Tensor = at) -> torch.Tensor:
-            return _velocity(transformer, rows, text, at * timestep_scale, tokens.coords)
+            return _velocity(transformer, rows, text, at * timestep_scale, tokens.coords, call or _call)
 
         velocity = guided_velocity(predict, perturb, latents, prompt, negative, guidance)
         stepped = _step(latents, velocity, at, sigmas, step, plan, noises)
@@ -75,18 +78,24 @@ def _step(
 
 
 def _velocity(
-    transformer: Any, latents: torch.Tensor, text: Text, timestep: torch.Tensor, coords: torch.Tensor
+    transformer: Any, latents: torch.Tensor, text: Text, timestep: torch.Tensor, coords: torch.Tensor, call: Call
 ) -> torch.Tensor:
     """One call of the transformer; `timestep` [1, 1] or [1, N] holds for every row. Returns fp32 [B, N, C]."""
-    velocity = transformer(
+    velocity = call(
+        transformer,
         hidden_states=latents.to(transformer.dtype),
         encoder_hidden_states=text.embeds.to(transformer.dtype),
         encoder_attention_mask=text.mask,
         timestep=timestep.expand(latents.shape[0], -1),
         video_coords=coords,
         return_dict=False,
-    )[0]
+    )
     return velocity.float()
+
+
+def _call(transformer: Any, **inputs: Any) -> torch.Tensor:
+    found: torch.Tensor = transformer(**inputs)[0]
+    return found
 
 
 def _next_sigma(at: torch.Tensor, sigmas: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from ltx_batch.model.conditioning import encode_media, in_tiles, start_tokens
 from ltx_batch.model.decode import decode_row
 from ltx_batch.model.denoise import denoise_pass
 from ltx_batch.model.device import device_name, give_back, gpus, room
+from ltx_batch.model.graphs import StepGraphs
 from ltx_batch.model.guests import Streamed
 from ltx_batch.model.latents import from_tokens
 from ltx_batch.model.lodging import Lodging
@@ -119,9 +120,16 @@ class LtxPipeline:
         self.attention = use_kernel(self.transformer, attention)
         self.lodging = Lodging(device, self.transformer, self.vae, self.latent_upsampler)
         self.loras = LoraSwitch(self.transformer, device, changing=self.lodging.changing_layers)
+        self._graphs = StepGraphs(device)
+        self._memory_gib = memory_gib
         sizes = measure(self.transformer, self.vae, self.latent_upsampler, policy.name)
         self.placing = Placing(
-            sizes, placement, device, room=partial(self._room, memory_gib), mode=lambda: self.lodging.mode
+            sizes,
+            placement,
+            device,
+            room=self._room,
+            mode=lambda: self.lodging.mode,
+            relieve=self._graphs.give_up,
         )
         modules = {"transformer": self.transformer, "vae": self.vae, "latent_upsampler": self.latent_upsampler}
         self.weights_bytes: Mapping[str, int] = {name: weights_bytes(part) for name, part in modules.items() if part}
@@ -213,11 +221,13 @@ class LtxPipeline:
         if self.turns is not None:
             self.turns.let_others_work(placement.peak_bytes)
 
-    def _room(self, memory_gib: float | None) -> Room:
+    def _room(self) -> Room:
         """What all parts together may use, of each GPU."""
         text = 0 if self.turns is None else self.turns.held_bytes
         first = gpus(self.device)[0]
-        return room(self.device, memory_gib, lambda gpu: self.lodging.held_on(gpu) + (text if gpu == first else 0))
+        return room(
+            self.device, self._memory_gib, lambda gpu: self.lodging.held_on(gpu) + (text if gpu == first else 0)
+        )
 
     def _pass(
         self,
@@ -278,7 +288,7 @@ class LtxPipeline:
                 causal=self._causal,
                 device=self.device,
             )
-        with watch.stage("denoise"), self._transformer_at_work(placement, number, one, tokens.latents.shape[1]):
+        with watch.stage("denoise"), self._transformer_at_work(placement, number, one, tokens.latents.shape):
             prompt = Text.stack([row.prompt for row in rows])
             negative = Text.stack([row.negative for row in rows if row.negative]) if plan.needs_negative else None
             clean = denoise_pass(
@@ -290,6 +300,7 @@ class LtxPipeline:
                 noises,
                 image_cond_noise_scale=plan.image_cond_noise_scale,
                 timestep_scale=self._timestep_scale,
+                call=self._graphs,
             )
         return from_tokens(clean, one.latent_size)
 
@@ -317,15 +328,30 @@ class LtxPipeline:
             yield
 
     @contextmanager
-    def _transformer_at_work(self, placement: Placement, number: int, one: PassPlan, tokens: int) -> Iterator[None]:
+    def _transformer_at_work(
+        self, placement: Placement, number: int, one: PassPlan, shape: torch.Size
+    ) -> Iterator[None]:
+        """`shape` is that of the latents of all clips, [clips, tokens, channels]."""
         config = self.transformer.config
+        clips, tokens, _ = shape
         # One clip's shape, whatever the batch: a kernel that hung on its neighbours would make other bits of the same row.
         rows = max(guidance.rows for guidance in one.guidance)
         heads = (rows, config.num_attention_heads, tokens, config.attention_head_dim)
         self.attention.choose(heads, self.transformer.dtype, self.device)
         chunk_tokens = placement.passes[number].chunk_tokens
-        with self.lodging.at("denoise", placement, number), in_chunks(self.transformer, chunk_tokens):
+        with (
+            self.lodging.at("denoise", placement, number),
+            in_chunks(self.transformer, chunk_tokens),
+            self._graphs.at_work(
+                self.transformer, clips * rows * tokens, spare_bytes=self._spare_bytes(placement, chunk_tokens)
+            ),
+        ):
             yield
+
+    def _spare_bytes(self, placement: Placement, chunk_tokens: int | None) -> int | None:
+        """Of the device, beside all that the placement foresees; None where the transformer does not stay on it whole."""
+        here = self._room() if self.lodging.mode == "resident" and chunk_tokens is None else Room()
+        return None if here.bytes is None else here.usable[0] - placement.peak_bytes
 
     def _tell(self, placement: Placement) -> None:
         self.ran |= {
@@ -341,7 +367,16 @@ class LtxPipeline:
         """Give the memory back."""
         if self.turns is not None:
             self.turns.close()
-        del self.transformer, self.loras, self.vae, self.text, self.latent_upsampler, self.lodging, self.placing
+        del (
+            self._graphs,
+            self.transformer,
+            self.loras,
+            self.vae,
+            self.text,
+            self.latent_upsampler,
+            self.lodging,
+            self.placing,
+        )
         gc.collect()
         give_back(self.device)
 

@@ -19,7 +19,8 @@ _REMEMBERED = 64  # kinds of work; every timestep or guidance weight of a row's 
 
 class Placing:
     """`room` tells what memory there is, and is asked when work is first met. `asked` is a placement's name; `mode` how
-    the parts live by now, of which only `resident` may still change.
+    the parts live by now, of which only `resident` may still change. `relieve` gives back what is only there for speed,
+    and says whether there was any.
 
     `told` says, step by step, what running out of memory has changed.
     """
@@ -32,10 +33,11 @@ class Placing:
         *,
         room: Callable[[], Room],
         mode: Callable[[], Mode | None],
+        relieve: Callable[[], bool] = lambda: False,
     ) -> None:
         self.told: list[str] = []
         self._sizes, self._asked, self._device, self._room, self._mode = sizes, asked, device, room, mode
-        self._strain = Strain()
+        self._relieve, self._strain = relieve, Strain()
         self._placements: dict[tuple[Work, str], Placement] = {}
 
     def placement(self, work: Work) -> Placement:
@@ -66,7 +68,11 @@ class Placing:
                     raise
                 message = str(error).partition("\n")[0]
             # Only here has the error let go of what filled the device.
+            relieved = self._relieve()
             give_back(self._device)
+            if relieved:
+                log.warning("%s ran out of memory: recorded calls are given up (%s)", stage(), message)
+                continue
             self._strain = lower
             self._placements.clear()
             self.told.append(f"{stage()} ran out of memory: {self.placement(work).reason}")

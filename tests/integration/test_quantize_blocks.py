@@ -314,6 +314,45 @@ def test_how_far_prompts_are_read(mask: list[list[int]] | None, read: tuple[bool
     assert (left is None) != masked and (left is None or left.shape[-1] == tokens)
 
 
+def test_steady_calls_read_a_multiple_of_64_tokens_with_a_mask(loaded: Any) -> None:
+    rows = TextRows()
+    states = torch.randn(1, 256, 4)
+    lengths = {3: 64, 64: 64, 65: 128, 250: 256}
+    with rows.keep(), rows.steady():
+        for count, read in lengths.items():
+            other = states + count
+            rows.note(other, (torch.arange(256) < count)[None])
+            keys, _ = rows.of(0, other, lambda found: (found, found))
+            assert torch.equal(keys, other[:, :read])
+            left = rows.mask(torch.zeros(1, 1, 256))
+            assert left is not None and left.shape[-1] == read
+    _, fused = pair(loaded, {})
+    texts = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(4))
+    expected = call(fused, rows=2, texts=texts)
+    with text_kept(fused), fused.text_rows.steady():
+        assert distance(call(fused, rows=2, texts=texts), expected) < 1e-6
+
+
+def test_keys_and_values_keep_their_places_from_clip_to_clip(loaded: Any) -> None:
+    """A recorded call reads where the clip before it read."""
+    _, fused = pair(loaded, {})
+    rows = fused.text_rows
+    rows.fix()
+    texts = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(5))
+    expected = [call(fused, rows=1, texts=text[None], seed=1) for text in texts]
+    seen = []
+    for text, right in zip(texts, expected, strict=True):
+        with text_kept(fused), rows.steady():
+            assert distance(call(fused, rows=1, texts=text[None], seed=1), right) < 1e-6
+            assert rows.complete and rows.read == ((0,), 5)
+            seen.append([part.data_ptr() for part in rows.of(1, text[None], lambda _: 1 / 0)])
+    assert seen[0] == seen[1]
+    rows.release()
+    with text_kept(fused):
+        rows.note(texts[:1], torch.ones(1, 5))
+        assert not rows.complete
+
+
 def test_nothing_is_kept_from_one_clip_to_the_next(loaded: Any) -> None:
     _, fused = pair(loaded, {})
     texts = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(3))

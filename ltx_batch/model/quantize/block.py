@@ -60,6 +60,10 @@ class FusedBlock(nn.Module):
         run = self._compiled or self._compute
         return run(hidden_states, temb, *image_rotary_emb, keys, values, self._text.mask(encoder_attention_mask))
 
+    def read_text(self, encoder_hidden_states: torch.Tensor) -> None:
+        """Work out the keys and values of prompts that are new, as a call does first."""
+        self._text.of(self._number, encoder_hidden_states, self._project)
+
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile what happens in every call, and leave out the prompt's keys and values."""
         self._compiled = torch.compile(self._compute, *args, **kwargs)

@@ -15,6 +15,7 @@ import torch
 
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 _STEP = 8  # tokens: a mask of another width is copied by torch before every use
+_STEADY_STEP = 64  # tokens, of calls that are recorded: each length is another recording
 
 
 class TextRows:
@@ -26,12 +27,27 @@ class TextRows:
         self._current: list[int] = []
         self._length: int | None = None  # tokens of the prompts that the current call reads
         self._masked = True
+        self._steady = False
+        self._noted: tuple[torch.Tensor | None, torch.Tensor | None, bool] = (None, None, False)
         self._kept: dict[tuple[int, int], KeysValues] = {}
+        self._places: dict[tuple[int, int], KeysValues] | None = None
+
+    @property
+    def read(self) -> tuple[tuple[int, ...], int | None] | None:
+        """Which prompts the current call reads, by their places, and how many tokens of them; None: nothing is kept."""
+        return (tuple(self._current), self._length) if self._keeping else None
+
+    @property
+    def complete(self) -> bool:
+        """Whether the first block, and so every one, has what the current call reads."""
+        return all(self._kept_tokens(0, row) >= (self._length or 0) for row in self._current)
 
     def note(self, embeds: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """A call begins, with embeddings [B, T, C] and their mask [B, T]."""
-        if not self._keeping:
+        last_embeds, last_mask, steady = self._noted
+        if not self._keeping or (embeds is last_embeds and mask is last_mask and steady == self._steady):
             return
+        self._noted = embeds, mask, self._steady
         seen = embeds if self._known is None else torch.cat([self._known, embeds])
         same = (embeds[:, None] == seen[None]).flatten(2).all(2)
         lasts, counts = _lengths(embeds, mask)
@@ -42,7 +58,7 @@ class TextRows:
         count = 0 if self._known is None else len(self._known)
         numbers = {first: count + place for place, first in enumerate(new)}
         self._current = [numbers.get(first, first) for first in firsts]
-        self._length, self._masked = _read(ends, real, embeds.shape[1])
+        self._length, self._masked = _read(ends, real, embeds.shape[1], steady=self._steady)
         if new:
             fresh = seen[new]
             self._known = fresh if self._known is None else torch.cat([self._known, fresh])
@@ -57,7 +73,7 @@ class TextRows:
         if absent:
             keys, values = project(states[list(absent.values()), :length])
             for row, key, value in zip(absent, keys, values, strict=True):
-                self._kept[block, row] = (key, value)
+                self._kept[block, row] = self._at_its_place(block, row, states.shape[1], (key, value))
         found = [self._kept[block, row] for row in self._current]
         if len(found) == 1:
             return found[0][0][None, :length], found[0][1][None, :length]
@@ -68,6 +84,38 @@ class TextRows:
         if not self._keeping or mask is None:
             return mask
         return mask[..., : self._length] if self._masked else None
+
+    @contextmanager
+    def steady(self) -> Iterator[None]:
+        """Within it, calls read prompts up to a multiple of 64 tokens, and with a mask, so that calls about other prompts
+        are made of the same kernels."""
+        self._steady = True
+        try:
+            yield
+        finally:
+            self._steady = False
+
+    def fix(self) -> None:
+        """From now on keys and values lie at one address for each block and row, the next clip's where this one's were."""
+        if self._places is None:
+            self._places = {}
+            self._kept.clear()
+
+    def release(self) -> None:
+        """Give the memory of those places back."""
+        if self._places is not None:
+            self._places = None
+            self._kept.clear()
+
+    def _at_its_place(self, block: int, row: int, tokens: int, found: KeysValues) -> KeysValues:
+        if self._places is None:
+            return found
+        if (block, row) not in self._places:
+            key, value = (one.new_empty(tokens, one.shape[1]) for one in found)
+            self._places[block, row] = key, value
+        count = len(found[0])
+        key, value = (place[:count].copy_(one) for place, one in zip(self._places[block, row], found, strict=True))
+        return key, value
 
     def _kept_tokens(self, block: int, row: int) -> int:
         kept = self._kept.get((block, row))
@@ -80,6 +128,7 @@ class TextRows:
             yield
         finally:
             self._keeping, self._known, self._current, self._length = False, None, [], None
+            self._noted = None, None, False
             self._kept.clear()
 
 
@@ -93,14 +142,15 @@ def _lengths(embeds: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Ten
     return (real * torch.arange(1, tokens + 1, device=mask.device)).amax(1), real.sum(1)
 
 
-def _read(ends: list[int], real: list[int], tokens: int) -> tuple[int, bool]:
+def _read(ends: list[int], real: list[int], tokens: int, *, steady: bool = False) -> tuple[int, bool]:
     """How many tokens must be read, and whether some of them are masked."""
     if 0 in real:  # where all are masked, all count alike
         return tokens, True
     longest = max(ends)
-    if min(real) == longest:
+    if min(real) == longest and not steady:
         return longest, False
-    return min(tokens, -(-longest // _STEP) * _STEP), True
+    step = _STEADY_STEP if steady else _STEP
+    return min(tokens, -(-longest // step) * step), True
 
 
 def watch(transformer: Any, rows: TextRows) -> None:
