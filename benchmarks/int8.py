@@ -41,7 +41,7 @@ from ltx_batch.model.quantize.swap import quantize_model, stored_bytes  # noqa: 
 from ltx_batch.model.quantize.text_rows import text_kept  # noqa: E402
 
 TEXT_TOKENS = 256
-# int8 as the product calls it, which records short calls as CUDA graphs; int8_launched always from Python.
+# int8 as the product calls it, which records calls as CUDA graphs; int8_launched always from Python.
 KINDS = ("bf16", "bf16_compiled", "control", "int8", "int8_launched", "int8_compiled", "bnb", "bnb_compiled")
 # Models and tokens of each verb, where nothing else is asked for.
 DEFAULTS = {

@@ -1,4 +1,4 @@
-"""Calls of a transformer on short sequences, recorded as CUDA graphs: there Python's launches take longer than the GPU's work.
+"""Calls of a transformer, recorded as CUDA graphs: on short sequences Python's launches take longer than the GPU's work.
 
 A graph replays kernels on the addresses that they were recorded with. So calls are recorded only while the weights lie on
 the device to stay, what differs from call to call is copied to where the recorded call read it, and keys and values of
@@ -18,9 +18,12 @@ import torch
 
 log = logging.getLogger(__name__)
 
-SHORT_TOKENS = 8192  # of all rows of a call: 13B works some 0.2 s on that many on an H100, whose launches take 0.1 s
+# At most, of all rows of a call. On an H100 2,688 take 0.86 of the time of a plain call, 13,376 take 0.99 of it (13B,
+# benchmarks/int8.py): longer calls are not worth the memory.
+RECORDED_TOKENS = 16384
 _REMEMBERED = 16  # graphs; a kind of call is its rows, tokens, and length of prompts to the next 64
 _MARGIN = 2.0  # times a call's activations that must be to spare: the graphs' own copy of them, and gaps
+_BYTES = 25.5  # of activations for each token and channel; memory.py
 
 
 @dataclass(slots=True)
@@ -49,8 +52,8 @@ class StepGraphs:
         """A pass, whose largest call has so many tokens in all its rows. `spare_bytes` are left of the device beside all
         that the pass wants; None where the transformer does not lie there to stay."""
         rows = getattr(transformer, "text_rows", None)
-        short = tokens <= SHORT_TOKENS
-        # Wherever the transformer lies, a short call reads the same tokens of its prompts: else pixels hung on memory.
+        short = tokens <= RECORDED_TOKENS
+        # Wherever the transformer lies, such a call reads the same tokens of its prompts: else pixels hung on memory.
         with rows.steady() if rows is not None and short else nullcontext():
             if short and spare_bytes is not None and not self._failed and self._device.type == "cuda":
                 self._check(transformer)
@@ -65,7 +68,7 @@ class StepGraphs:
     def __call__(self, transformer: Any, **inputs: Any) -> torch.Tensor:
         """What `transformer(**inputs)` returns first. Tensors among the inputs are what differs from call to call."""
         rows = getattr(transformer, "text_rows", None)
-        if self._spare_bytes is None or _perturbed(transformer) or (rows is not None and rows.read is None):
+        if self._spare_bytes is None or _seen(transformer) or (rows is not None and rows.read is None):
             return _plain(transformer, inputs)
         tensors = {name: value for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         if rows is not None:
@@ -136,12 +139,9 @@ class StepGraphs:
                 output = transformer.forward(**{**inputs, **own})[0]  # past the hook that notes prompts: it waits
         except Exception as error:  # a kernel that cannot be recorded, or no memory for it
             self.give_up()
-            log.warning("short calls are not recorded as CUDA graphs: %s: %s", type(error).__name__, error)
+            log.warning("calls are not recorded as CUDA graphs: %s: %s", type(error).__name__, error)
             return None
         return _Recorded(graph, own, output)
-
-
-_BYTES = 25.5  # of activations for each token and channel; memory.py
 
 
 def _plain(transformer: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -163,9 +163,11 @@ def _watched(transformer: Any) -> bool:
     return any(_hooked(module) for module in transformer.transformer_blocks.modules())
 
 
-def _perturbed(transformer: Any) -> bool:
-    """Whether spatio-temporal guidance disturbs this call."""
-    return any(_hooked(block) or _hooked(block.attn1) for block in transformer.transformer_blocks)
+def _seen(transformer: Any) -> bool:
+    """Whether somebody wants to see a call, or spatio-temporal guidance disturbs it."""
+    return bool(transformer._forward_hooks) or any(
+        _hooked(block) or _hooked(block.attn1) for block in transformer.transformer_blocks
+    )
 
 
 def _hooked(module: torch.nn.Module) -> bool:
