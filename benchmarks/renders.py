@@ -218,8 +218,14 @@ VERBS: Mapping[str, Callable[[Renders, str], None]] = {
     "claims": claims,
 }
 ESTIMATES_S = {
-    **{"limits": 120, "memory": 110, "small": 45, "prompt": 70},
-    **{"limits_4k": 190, "cold": 200, "sharded": 70, "claims": 90},
+    "limits": 120,
+    "memory": 110,
+    "small": 45,
+    "prompt": 70,
+    "limits_4k": 190,
+    "cold": 200,
+    "sharded": 70,
+    "claims": 90,
 }
 
 
