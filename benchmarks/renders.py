@@ -54,7 +54,7 @@ UHD: Size = (2160, 3840, 33)
 CLAIMS: dict[str, Size] = {"13b_1080p_fps": (1088, 1920, 121), "2b_720p_fps": (704, 1280, 121)}
 TINY: dict[Size, Size] = {HD: (128, 192, 9), UHD: (192, 256, 9), **dict.fromkeys(CLAIMS.values(), (128, 192, 9))}
 TINY_SHARE = 400  # a tiny model is cramped in such a part of a GPU
-TILE_PIXELS = 448 * 448  # of a decode that takes less than the second pass does
+SLICE_BYTES = GIB  # of a decode that takes less than the second pass does
 T5_BLOCKS = "encoder.block"
 
 
@@ -125,14 +125,14 @@ def limits(renders: Renders, verb: str) -> None:
 
 
 def memory(renders: Renders, verb: str) -> None:
-    """The same placement on all sides: transformer and VAE in place, no text encoder, the decode in tiles."""
+    """The same placement on all sides: transformer and VAE in place, no text encoder, the decode in slices."""
     peaks: dict[str, Measured] = {}
     for name in ("int8", "bf16", "fp32"):
         if name == "fp32" and not renders.wanted("render_memory_vs_fp32"):
             continue
         policy = renders.bench.policy if name == "int8" else renders.policy(name)
         subject = renders.subject("13b", policy, placement="resident")
-        subject.pipeline.placing._strain = Strain(decode_pixels=64 * 64 if renders.bench.tiny else TILE_PIXELS)
+        subject.pipeline.placing._strain = Strain(decode_bytes=2**20 if renders.bench.tiny else SLICE_BYTES)
         # fp32 takes twenty seconds a step, and no step wants more than the first one.
         peaks[name] = subject.measure(renders.size(HD), 1, warm_up=False, short=name == "fp32")
         subject.close()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,25 +14,27 @@ from numpy.typing import NDArray
 from ltx_batch.model.conditioning import resize
 from ltx_batch.model.latents import unnormalize
 from ltx_batch.model.noise import Noise
-from ltx_batch.model.plan import SPATIAL, Plan, Target
-from ltx_batch.model.tiles import Tiles
+from ltx_batch.model.plan import Plan, Target
+from ltx_batch.model.slices import decode_in_slices, sliced_axis
+from ltx_batch.model.slicing import Slices
 
 _PIECE_PIXELS = 2**25  # of frames brought to their size at once: in fp32 a whole video is gigabytes
 
 
 def decode_row(
-    vae: Any, latents: torch.Tensor, plan: Plan, noise: Noise, tiles: Tiles | None = None
+    vae: Any, latents: torch.Tensor, plan: Plan, noise: Noise, slices: Slices | None = None
 ) -> Iterator[torch.Tensor]:
     """Normalised latents fp32 [1, C, F, H, W] to the target's video, some frames at a time: fp32 [1, 3, f, H, W] in
     [-1, 1], on the latents' device.
 
     One row at a time: decoding is the peak of memory, and a batch gains nothing there.
     """
-    video = decode_latents(vae, latents, plan, noise, tiles)
+    video = decode_video(vae, latents, plan, noise, slices)
     target = plan.target
-    count = max(1, _PIECE_PIXELS // (video.shape[3] * video.shape[4]))
-    for piece in video[:, :, : target.num_frames].split(count, dim=2):
-        frames = piece.to(latents.device).float().clamp_(-1, 1)
+    last = plan.passes[-1]
+    count = max(1, _PIECE_PIXELS // (last.height * last.width))
+    for start in range(0, target.num_frames, count):
+        frames = video.frames(start, min(start + count, target.num_frames)).float().clamp_(-1, 1)
         yield crop(resize(frames, target.padded_height, target.padded_width), target)
 
 
@@ -41,10 +44,39 @@ def crop(video: torch.Tensor, target: Target) -> torch.Tensor:
     return video[:, :, : target.num_frames, top : top + target.height, left : left + target.width]
 
 
+@dataclass(slots=True)
+class Video:
+    """A decoded video as `parts` side by side along `axis`, 3 or 4, each [F, 3, h, w], on `device` or in host memory."""
+
+    device: torch.device
+    axis: int
+    parts: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, part: torch.Tensor, *, to_host: bool) -> None:
+        """[1, 3, F, h, w], the next part."""
+        part = part[0].movedim(1, 0)
+        if to_host and part.device.type == "cuda":
+            # torch keeps page-locked memory for the next one. Frame by frame, so that frames come back in one copy.
+            host = torch.empty(part.shape, dtype=part.dtype, pin_memory=True)
+            part = host.copy_(part.contiguous(), non_blocking=True)
+        self.parts.append(part)
+
+    def frames(self, start: int, stop: int) -> torch.Tensor:
+        """[1, 3, stop - start, H, W] on the device."""
+        parts = [part[start:stop].to(self.device, non_blocking=True).movedim(0, 1)[None] for part in self.parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, self.axis)
+
+
 def decode_latents(
-    vae: Any, latents: torch.Tensor, plan: Plan, noise: Noise, tiles: Tiles | None = None
+    vae: Any, latents: torch.Tensor, plan: Plan, noise: Noise, slices: Slices | None = None
 ) -> torch.Tensor:
-    """Video [1, 3, F, H, W], about [-1, 1], in the VAE's dtype.
+    """Video [1, 3, F, H, W], about [-1, 1], in the VAE's dtype."""
+    video = decode_video(vae, latents, plan, noise, slices)
+    return video.frames(0, len(video.parts[0]))
+
+
+def decode_video(vae: Any, latents: torch.Tensor, plan: Plan, noise: Noise, slices: Slices | None) -> Video:
+    """The same, in parts where `slices` are asked for.
 
     Noise is mixed into the *normalised* latents and then their tones are mapped, as in LTX-Video's
     pipeline_ltx_video.py (diffusers mixes after un-normalising, which differs); only a VAE that was trained with a
@@ -56,54 +88,16 @@ def decode_latents(
         latents = latents * (1 - plan.decode_noise_scale) + drawn * plan.decode_noise_scale
         level = torch.tensor([plan.decode_timestep], device=latents.device)
     latents = tone_map(latents, plan.tone_map_compression_ratio)
-
-    def decode(part: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = vae.decode(part, level, return_dict=False)[0]
-        return found
-
+    video = Video(latents.device, sliced_axis(latents.shape))
     with _seeded_decoder(vae, noise, latents.device):
         given = unnormalize(latents, vae).to(vae.dtype)
-        return decode(given) if tiles is None else decode_in_tiles(decode, given, tiles)
-
-
-def decode_in_tiles(
-    decode: Callable[[torch.Tensor], torch.Tensor], latents: torch.Tensor, tiles: Tiles
-) -> torch.Tensor:
-    """[1, C, F, H, W] to [1, 3, 8F - 7, 32H, 32W], tile by tile, seams blended on the device as `tiled_decode` of
-    diffusers' AutoencoderKLLTXVideo blends them, which holds all tiles there and joins them by copies."""
-    height, width = (side * SPATIAL for side in latents.shape[3:])
-    tops, lefts = tiles.grid(height, width)
-    video: torch.Tensor | None = None
-    above: list[torch.Tensor] = []
-    for top in tops:
-        edges: list[torch.Tensor] = []
-        beside: torch.Tensor | None = None
-        for left in lefts:
-            rows = slice(top // SPATIAL, (top + tiles.height) // SPATIAL)
-            tile = decode(latents[..., rows, left // SPATIAL : (left + tiles.width) // SPATIAL])
-            if above:
-                _blend(above[len(edges)], tile, dim=3)
-            if beside is not None:
-                _blend(beside, tile, dim=4)
-            beside = tile[..., -tiles.overlap :].clone()
-            edges.append(tile[..., -tiles.overlap :, :].clone())
-            if video is None:
-                place = torch.device("cpu") if tiles.to_host else tile.device
-                video = torch.empty((*tile.shape[:3], height, width), dtype=tile.dtype, device=place)
-            # The next tiles' pixels go over this one's edges.
-            video[..., top : top + tile.shape[3], left : left + tile.shape[4]] = tile
-        above = edges
-    assert video is not None
+        if slices is None:
+            video.add(vae.decode(given, level, return_dict=False)[0], to_host=False)
+            return video
+        for part in decode_in_slices(vae.decoder, given, level, slices.work_bytes):
+            video.add(part, to_host=slices.to_host)
+            del part
     return video
-
-
-def _blend(before: torch.Tensor, tile: torch.Tensor, dim: int) -> None:
-    """Fade from `before`, the edge of the tile before, into the first pixels of `tile` along `dim`."""
-    count = before.shape[dim]
-    share = torch.arange(count, device=tile.device).div(count).to(tile.dtype)
-    share = share.view([-1 if axis == dim else 1 for axis in range(tile.ndim)])
-    start = tile.narrow(dim, 0, count)
-    start.copy_(before * (1 - share) + start * share)
 
 
 def tone_map(latents: torch.Tensor, compression: float) -> torch.Tensor:

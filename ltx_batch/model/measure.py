@@ -25,6 +25,7 @@ def measure(transformer: Any, vae: Any, upsampler: Any | None, precision: str) -
         rest_bytes=rest,
         encoder_bytes=weights_bytes(vae.encoder),
         decoder_bytes=weights_bytes(vae.decoder),
+        noisy_decoder=any(vae.config.decoder_inject_noise),
         upsampler_bytes=0 if upsampler is None else weights_bytes(upsampler),
         channels=transformer.config.num_attention_heads * transformer.config.attention_head_dim,
         number_bytes=transformer.dtype.itemsize,

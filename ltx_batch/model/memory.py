@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from ltx_batch.model.plan import PassPlan, Plan
 
 GIB = 2**30
-CONTEXT_BYTES = 640 * 2**20  # of a CUDA process before its first tensor: driver, libraries, kernels. Not measured yet
+# Of a CUDA process beside what torch reserves: driver, libraries, kernels. Two renders that filled their limits on an H100
+# had 0.77 and 0.79 GiB.
+CONTEXT_BYTES = 896 * 2**20
 TEXT_BYTES = GIB  # T5-XXL needs a tenth of that for 256 tokens; the rest is what an allocator cannot use
 CHUNK_TOKENS = 4096
 USABLE = 0.93  # of what is free: gaps between an allocator's blocks, and the error of these predictions
@@ -26,14 +28,43 @@ _ROW_IN_CHUNKS = {2: 16.7, 4: 28.6}
 _WAITING = 4.2  # times the bytes of a number
 # Of a VAE, bytes a pixel for each byte of a number. The encoder's were counted only.
 _DECODE, _ENCODE = 51.5, 61.0
+# Of a sliced decode. Each layer of the last three stages keeps the columns that its next slice needs: 22 in a stage, of 32,
+# 16 and 8 numbers for each frame and pixel of the shorter side. A stage that is small enough to be worked on whole has half
+# a number a pixel. The factor of work is for what layers before the one at work hold; cuDNN's own buffers fit into it, since
+# most of a layer's time less is in use than at its peak. Counted only.
+_COLUMN, _KEPT_COLUMNS = 32.0, 22 * 1.75
+_STAGE = 1.5 * 0.5
+_WORK = 1.4
 _VIDEO = 3  # channels of a decoded pixel
 _UPSAMPLE = 2100.0  # bytes a token of what comes out, for each byte of a number. Counted only
 
 
 @dataclass(frozen=True, slots=True)
+class SliceWork:
+    """Bytes that a layer of the VAE's decoder uses at once, over the bytes of what goes in: counted from live tensors, in
+    the layers of diffusers. `growth` is how many numbers come out for one that goes in."""
+
+    resnet: float
+    end: float
+
+    def convolution(self, growth: float) -> float:
+        """What goes in, the same padded in time, and what comes out."""
+        return 2.25 + growth
+
+    def upsampler(self, growth: float, *, residual: bool) -> float:
+        """What comes out of its convolution, that in the order of pixels, and what is added to it."""
+        return 1 + growth * (3 if residual else 2)
+
+
+# A norm of bf16 numbers goes through fp32: three times two bytes, and twice four.
+SLICE_WORK = {2: SliceWork(6.05, 5.05), 4: SliceWork(4.05, 4.05)}
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSizes:
     """A model as it is held. Bytes of weights by part, `blocks` of each of the transformer's blocks,
-    `rest_bytes` of what it has beside them; `channels` are the transformer's, `number_bytes` 2 for bf16."""
+    `rest_bytes` of what it has beside them; `channels` are the transformer's, `number_bytes` 2 for bf16.
+    `noisy_decoder`: the VAE's decoder draws noise in its layers, as release 0.9.1's does."""
 
     blocks: tuple[int, ...]
     rest_bytes: int
@@ -43,6 +74,7 @@ class ModelSizes:
     channels: int
     number_bytes: int
     precision: str = "bf16"
+    noisy_decoder: bool = False
 
     @property
     def transformer_bytes(self) -> int:
@@ -78,13 +110,29 @@ def denoise_bytes(sizes: ModelSizes, one: PassPlan, work: Work, *, chunked: bool
 
 
 def decode_bytes(sizes: ModelSizes, pixels: int) -> int:
-    """Activations of the VAE's decoder for so many pixels of all frames together, or of one tile of them."""
+    """Activations of the VAE's decoder for so many pixels of all frames together."""
     return int(_DECODE * sizes.number_bytes * pixels)
 
 
-def seam_bytes(sizes: ModelSizes, one: PassPlan, overlap: int) -> int:
-    """What a tiled decode keeps on the device of tiles that are done: the edges that their neighbours blend with."""
-    return 2 * overlap * (one.height + one.width) * one.num_frames * _VIDEO * sizes.number_bytes
+def columns_bytes(sizes: ModelSizes, one: PassPlan, columns: int) -> int:
+    """What the largest layer of the decoder works with for so many columns of its stage, whose pixels are 4 x 4 of a frame."""
+    column = _COLUMN * min(one.height, one.width) * one.num_frames * sizes.number_bytes
+    return int(SLICE_WORK[sizes.number_bytes].resnet * column * columns)
+
+
+def sliced_decode_bytes(sizes: ModelSizes, one: PassPlan, work_bytes: int) -> int:
+    """Activations of a decode whose layers work with so many bytes at once, without the video."""
+    return int(_WORK * work_bytes) + _kept_bytes(sizes, one)
+
+
+def slice_work_bytes(sizes: ModelSizes, one: PassPlan, room_bytes: int) -> int:
+    """What layers may work with so that a sliced decode takes `room_bytes`; the other way round."""
+    return int((room_bytes - _kept_bytes(sizes, one)) / _WORK)
+
+
+def _kept_bytes(sizes: ModelSizes, one: PassPlan) -> int:
+    columns = _KEPT_COLUMNS * _COLUMN * min(one.height, one.width)
+    return int((columns + _STAGE * one.height * one.width) * one.num_frames * sizes.number_bytes)
 
 
 def video_bytes(sizes: ModelSizes, one: PassPlan) -> int:

@@ -315,7 +315,7 @@ class LtxPipeline:
     ) -> Frames:
         self.lodging.settle(placement)
         with watch.stage("decode"), self.lodging.at("decode", placement):
-            return finish(decode_row(self.vae, latents, plan, row.noise, placement.decode_tiles))
+            return finish(decode_row(self.vae, latents, plan, row.noise, placement.decode_slices))
 
     @contextmanager
     def _encoder_at_work(self, placement: Placement, number: int, rows: Sequence[Row]) -> Iterator[None]:
@@ -356,7 +356,7 @@ class LtxPipeline:
     def _tell(self, placement: Placement) -> None:
         self.ran |= {
             "attention": self.attention.taken(),
-            "tiling": str(placement.decode_tiles) if placement.decode_tiles else False,
+            "tiling": str(placement.decode_slices) if placement.decode_slices else False,
             "degraded": placement.degraded or "unquantised" in self.ran,
             "placement": placement.ran,
         }

@@ -1,7 +1,7 @@
 """Where the parts of a model lie while a plan is rendered: a frozen decision and its reason, from sizes alone. No torch.
 
-What changes no bit comes first: parts leave the device for each other, and blocks of the transformer come from host memory
-one by one. Only what does not fit alone is cut: the decode into tiles, then a pass's tokens into chunks.
+Parts leave the device for each other, and blocks of the transformer come from host memory one by one. What does not fit alone
+is cut: the decode into slices, then a pass's tokens into chunks.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from ltx_batch.errors import JobError
 from ltx_batch.model import memory
 from ltx_batch.model.memory import CHUNK_TOKENS, GIB, ModelSizes, Work
 from ltx_batch.model.plan import PassPlan
-from ltx_batch.model.tiles import OVERLAP, Tiles, choose_tiles
+from ltx_batch.model.slicing import Slices, are_thin, choose_slices, smaller_work_bytes
+from ltx_batch.model.tiles import Tiles, choose_tiles
 
 Mode = Literal["resident", "offload", "sharded"]
 NAMES = ("auto", "resident", "offload", "sharded")
 _SHARDED_TRIES = ((1.0, False), (0.25, False), (0.125, False), (0.125, True), (0.0, True))
-_VIDEO_SHARE = 0.2  # of a tiled decode's room: a video that takes more waits in host memory
 _LEAST_WORK_BYTES = GIB  # what even a small clip wants beside the weights
 _LARGE = 1.5  # times the smallest block: one that is not quantised among others that are
 SLOTS = 2  # places on the device for the blocks that do not stay: one works, the next one comes
@@ -49,7 +49,7 @@ class Placement:
     reason: str
     peak_bytes: int
     fits: bool = True
-    decode_tiles: Tiles | None = None
+    decode_slices: Slices | None = None
     encode_tiles: tuple[Tiles | None, ...] = ()
     beside: Mapping[str, int | None] = field(default_factory=dict)
     shards: tuple[int, ...] = ()
@@ -57,7 +57,7 @@ class Placement:
     @property
     def degraded(self) -> bool:
         """Whether pixels differ from an uncut render's by more than rounding."""
-        return self.decode_tiles is not None or any(self.encode_tiles)
+        return (self.decode_slices is not None and self.decode_slices.redraws) or any(self.encode_tiles)
 
     @property
     def ran(self) -> dict[str, Any]:
@@ -74,10 +74,10 @@ class Placement:
 @dataclass(frozen=True, slots=True)
 class Strain:
     """What running out of memory has taught a process, for the rest of its life: `steps` down from what was predicted to
-    fit (1: offload; 2: no block stays; 3: tokens in chunks), and the most pixels of a frame that are decoded at once."""
+    fit (1: offload; 2: no block stays; 3: tokens in chunks), and the most bytes that a layer of the decoder works with."""
 
     steps: int = 0
-    decode_pixels: int | None = None
+    decode_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +108,8 @@ def check_name(name: str) -> None:
 
 
 def decide(sizes: ModelSizes, work: Work, room: Room, asked: str = "auto", strain: Strain | None = None) -> Placement:
-    """The placement of a plan. `auto`: resident where it fits uncut; else what fits uncut, sharded before offload; else
-    what fits cut, resident first; else offload, with `fits` False where that does not fit either."""
+    """The placement of a plan. `auto`: the first that fits of resident, sharded and offload, but one whose decode is cut
+    into thin slices or that changes pixels only after the others; offload, with `fits` False, where none fits."""
     strain = strain or Strain()
     if asked == "offload" or strain.steps:
         return _offload(sizes, work, room, strain)
@@ -120,8 +120,13 @@ def decide(sizes: ModelSizes, work: Work, room: Room, asked: str = "auto", strai
         return resident
     choices = [resident, *([_sharded(sizes, work, room, strain)] if room.others else [])]
     choices.append(_offload(sizes, work, room, strain))
+    last = work.plan.passes[-1]
     fitting = [choice for choice in choices if choice.fits]
-    return next((choice for choice in fitting if not choice.degraded), next(iter(fitting), choices[-1]))
+    return min(
+        fitting,
+        key=lambda choice: (choice.degraded, are_thin(sizes, last, choice.decode_slices)),
+        default=choices[-1],
+    )
 
 
 def first_mode(sizes: ModelSizes, room: Room, asked: str) -> Mode:
@@ -133,10 +138,11 @@ def first_mode(sizes: ModelSizes, room: Room, asked: str) -> Mode:
     return "sharded" if room.others else "offload"
 
 
-def step_down(strain: Strain, stage: str, placement: Placement, work: Work) -> Strain | None:
+def step_down(sizes: ModelSizes, strain: Strain, stage: str, placement: Placement, work: Work) -> Strain | None:
     """What to go on with after `stage` ran out of memory under `placement`; None: there is nothing left to try."""
     if stage == "decode":
-        return _smaller_tiles(strain, placement, work)
+        smaller = smaller_work_bytes(sizes, work.plan.passes[-1], placement.decode_slices)
+        return None if smaller is None else replace(strain, decode_bytes=smaller)
     reached = 0
     if placement.mode == "offload":
         chunked = all(one.chunk_tokens for one in placement.passes)
@@ -159,17 +165,17 @@ def gib(count: int) -> str:
 
 
 def _resident(sizes: ModelSizes, work: Work, room: Room, strain: Strain) -> Placement:
-    tiles = _decode_tiles(sizes, work, room, strain, beside_bytes=sizes.weights_bytes - sizes.decoder_bytes)
-    stages = {**_beside(sizes, work, tiles, ()), "denoise": _denoise_bytes(sizes, work)}
+    slices = _decode_slices(sizes, work, room, strain, beside_bytes=sizes.weights_bytes - sizes.decoder_bytes)
+    stages = {**_beside(sizes, work, slices, ()), "denoise": _denoise_bytes(sizes, work)}
     stage = max(stages, key=lambda name: stages[name])
     peak = sizes.weights_bytes + stages[stage]
     return Placement(
         "resident",
         tuple(PassPlacement(len(sizes.blocks)) for _ in work.plan.passes),
-        f"all parts and {stage} take {gib(peak)} of {room.told}{_cut(tiles)}",
+        f"all parts and {stage} take {gib(peak)} of {room.told}{_cut(slices)}",
         peak,
         fits=room.holds(peak),
-        decode_tiles=tiles,
+        decode_slices=slices,
     )
 
 
@@ -186,15 +192,15 @@ def _sharded(sizes: ModelSizes, work: Work, room: Room, strain: Strain) -> Place
         if min(left) >= 0:
             break
     held = sizes.rest_bytes + sum(sizes.blocks[: shards[0]])
-    tiles = _decode_tiles(sizes, work, room, strain, beside_bytes=held)
-    peak = held + max(denoise, *_guest_bytes(sizes, work, tiles, ()).values())
+    slices = _decode_slices(sizes, work, room, strain, beside_bytes=held)
+    peak = held + max(denoise, *_guest_bytes(sizes, work, slices, ()).values())
     return Placement(
         "sharded",
         tuple(PassPlacement(len(sizes.blocks), CHUNK_TOKENS if chunked else None) for _ in work.plan.passes),
-        f"{len(sizes.blocks)} blocks over {len(shards)} GPUs, {' and '.join(map(str, shards))}{_cut(tiles)}",
+        f"{len(sizes.blocks)} blocks over {len(shards)} GPUs, {' and '.join(map(str, shards))}{_cut(slices)}",
         peak,
         fits=min(left) >= 0 and room.holds(peak),
-        decode_tiles=tiles,
+        decode_slices=slices,
         shards=tuple(shards),
     )
 
@@ -217,9 +223,9 @@ def _deal(sizes: ModelSizes, left: list[int]) -> list[int]:
 
 def _offload(sizes: ModelSizes, work: Work, room: Room, strain: Strain) -> Placement:
     passes = tuple(_place_pass(sizes, work, one, room, strain) for one in work.plan.passes)
-    tiles = _decode_tiles(sizes, work, room, strain, beside_bytes=0)
+    slices = _decode_slices(sizes, work, room, strain, beside_bytes=0)
     encode = tuple(_encode_tiles(sizes, work, one, room) for one in work.plan.passes)
-    stages = _guest_bytes(sizes, work, tiles, encode)
+    stages = _guest_bytes(sizes, work, slices, encode)
     beside = {name: _stay_beside(sizes, room, strain, passes, taken) for name, taken in stages.items()}
     peak = max(
         *(_pass_bytes(sizes, work, one, how) for one, how in zip(work.plan.passes, passes, strict=True)),
@@ -228,10 +234,10 @@ def _offload(sizes: ModelSizes, work: Work, room: Room, strain: Strain) -> Place
     return Placement(
         "offload",
         passes,
-        _why_offload(sizes, work, room, strain, passes) + _cut(tiles),
+        _why_offload(sizes, work, room, strain, passes) + _cut(slices),
         peak,
         fits=room.holds(peak),
-        decode_tiles=tiles,
+        decode_slices=slices,
         encode_tiles=encode if any(encode) else (),
         beside=beside,
     )
@@ -312,14 +318,13 @@ def _why_offload(sizes: ModelSizes, work: Work, room: Room, strain: Strain, pass
 # stages
 
 
-def _beside(sizes: ModelSizes, work: Work, tiles: Tiles | None, encode: tuple[Tiles | None, ...]) -> dict[str, int]:
+def _beside(sizes: ModelSizes, work: Work, slices: Slices | None, encode: tuple[Tiles | None, ...]) -> dict[str, int]:
     """Activations of the stages in which the transformer does not work."""
     passes, last = work.plan.passes, work.plan.passes[-1]
-    pixels = (tiles.pixels if tiles else last.height * last.width) * last.num_frames
-    decode = memory.decode_bytes(sizes, pixels)
-    if tiles:
-        decode += memory.seam_bytes(sizes, last, OVERLAP)
-        decode += 0 if tiles.to_host else memory.video_bytes(sizes, last)
+    decode = memory.decode_bytes(sizes, last.height * last.width * last.num_frames)
+    if slices:
+        decode = memory.sliced_decode_bytes(sizes, last, slices.work_bytes)
+        decode += 0 if slices.to_host else memory.video_bytes(sizes, last)
     cuts = encode or (None,) * len(passes)
     condition = max(
         memory.encode_bytes(sizes, cut.pixels if cut else one.height * one.width, work.encoded_frames)
@@ -330,10 +335,10 @@ def _beside(sizes: ModelSizes, work: Work, tiles: Tiles | None, encode: tuple[Ti
 
 
 def _guest_bytes(
-    sizes: ModelSizes, work: Work, tiles: Tiles | None, encode: tuple[Tiles | None, ...]
+    sizes: ModelSizes, work: Work, slices: Slices | None, encode: tuple[Tiles | None, ...]
 ) -> dict[str, int]:
     """The same with the weights that come for the stage."""
-    beside = _beside(sizes, work, tiles, encode)
+    beside = _beside(sizes, work, slices, encode)
     weights = {
         "condition": sizes.encoder_bytes if work.encoded_frames else 0,
         "upsample": sizes.upsampler_bytes if len(work.plan.passes) > 1 else 0,
@@ -346,20 +351,10 @@ def _denoise_bytes(sizes: ModelSizes, work: Work) -> int:
     return max(memory.denoise_bytes(sizes, one, work) for one in work.plan.passes)
 
 
-def _decode_tiles(sizes: ModelSizes, work: Work, room: Room, strain: Strain, *, beside_bytes: int) -> Tiles | None:
-    """Tiles that fit beside so many bytes of other parts; None: the decode need not be cut."""
-    last = work.plan.passes[-1]
-    whole = last.height * last.width
-    limit, to_host = strain.decode_pixels or whole, bool(strain.decode_pixels)
+def _decode_slices(sizes: ModelSizes, work: Work, room: Room, strain: Strain, *, beside_bytes: int) -> Slices | None:
+    """Slices that fit beside so many bytes of other parts; None: the decode need not be cut."""
     left = None if room.bytes is None else room.usable[0] - beside_bytes - sizes.decoder_bytes
-    if left is not None and memory.decode_bytes(sizes, whole * last.num_frames) > left:
-        left -= memory.seam_bytes(sizes, last, OVERLAP)
-        video = memory.video_bytes(sizes, last)
-        to_host = to_host or video > _VIDEO_SHARE * left
-        left -= 0 if to_host else video
-        limit = min(limit, left // memory.decode_bytes(sizes, last.num_frames))
-    tiles = choose_tiles(last.height, last.width, limit)
-    return None if tiles is None else replace(tiles, to_host=to_host)
+    return choose_slices(sizes, work.plan.passes[-1], left, strain.decode_bytes)
 
 
 def _encode_tiles(sizes: ModelSizes, work: Work, one: PassPlan, room: Room) -> Tiles | None:
@@ -372,12 +367,5 @@ def _encode_tiles(sizes: ModelSizes, work: Work, one: PassPlan, room: Room) -> T
     return choose_tiles(one.height, one.width, left // memory.encode_bytes(sizes, 1, work.encoded_frames))
 
 
-def _smaller_tiles(strain: Strain, placement: Placement, work: Work) -> Strain | None:
-    last = work.plan.passes[-1]
-    before = placement.decode_tiles.pixels if placement.decode_tiles else last.height * last.width
-    tiles = choose_tiles(last.height, last.width, before // 2)
-    return None if tiles is None or tiles.pixels >= before else replace(strain, decode_pixels=tiles.pixels)
-
-
-def _cut(tiles: Tiles | None) -> str:
-    return f", decoded in tiles of {tiles}" if tiles else ""
+def _cut(slices: Slices | None) -> str:
+    return f", decoded in {slices}" if slices else ""

@@ -63,7 +63,7 @@ class Placing:
             try:
                 return render(placement)
             except torch.OutOfMemoryError as error:
-                lower = step_down(self._strain, stage(), placement, work)
+                lower = step_down(self._sizes, self._strain, stage(), placement, work)
                 if lower is None:
                     raise
                 message = str(error).partition("\n")[0]

@@ -27,6 +27,7 @@ def sizes_of(parts: Parts, policy: Precision) -> ModelSizes:
         rest_bytes=rest,
         encoder_bytes=vae["encoder"],
         decoder_bytes=vae["decoder"],
+        noisy_decoder=any(parts.vae.config.get("decoder_inject_noise", ())),
         upsampler_bytes=sum(math.prod(tensor.shape) * number for tensor in upsampler.values()),
         channels=config["num_attention_heads"] * config["attention_head_dim"],
         number_bytes=number,

@@ -1,4 +1,4 @@
-"""Tiles: a picture cut into overlapping rectangles that the VAE works on one by one. No torch."""
+"""Tiles: a picture cut into overlapping rectangles that the VAE encodes one by one. No torch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,11 @@ _MOST_CUTS = 64
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Height and width of the largest tile and how far neighbours overlap: pixels, multiples of 32. Of a decode, what is
-    done waits on the device or, `to_host`, in host memory."""
+    """Height and width of the largest tile and how far neighbours overlap: pixels, multiples of 32."""
 
     height: int
     width: int
     overlap: int = OVERLAP
-    to_host: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.width}x{self.height}, {self.overlap} over{', to the host' if self.to_host else ''}"
 
     @property
     def pixels(self) -> int:
@@ -35,7 +30,7 @@ class Tiles:
         """Where tiles of a picture begin: rows and columns in pixels."""
         return _starts(height, self.height, self.overlap), _starts(width, self.width, self.overlap)
 
-    def decoded_pixels(self, height: int, width: int) -> int:
+    def worked_pixels(self, height: int, width: int) -> int:
         """Pixels of all tiles: what is worked out, overlaps more than once."""
         tops, lefts = self.grid(height, width)
         return sum(min(self.height, height - top) for top in tops) * sum(
@@ -54,7 +49,7 @@ def choose_tiles(height: int, width: int, limit: int) -> Tiles | None:
     fitting = [tiles for tiles in candidates if tiles.pixels <= limit]
     if not fitting:
         return min(candidates, key=lambda tiles: tiles.pixels)
-    return min(fitting, key=lambda tiles: (tiles.decoded_pixels(height, width), -tiles.pixels))
+    return min(fitting, key=lambda tiles: (tiles.worked_pixels(height, width), -tiles.pixels))
 
 
 def _sides(length: int) -> Iterator[int]:

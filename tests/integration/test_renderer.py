@@ -199,10 +199,10 @@ def before_rounding(
     """Latents and float video of each request, which are told apart by their seeds."""
     found: dict[float, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def spy(vae: Any, latents: torch.Tensor, plan: Plan, noise: Noise, tiles: Any) -> Iterator[torch.Tensor]:
+    def spy(vae: Any, latents: torch.Tensor, plan: Plan, noise: Noise, slices: Any) -> Iterator[torch.Tensor]:
         video = decode_latents(vae, latents, plan, noise)
         found[noise("which", (1,)).item()] = (latents, video)
-        return decode_row(vae, latents, plan, noise, tiles)
+        return decode_row(vae, latents, plan, noise, slices)
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "decode_row", spy)

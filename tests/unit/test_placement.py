@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -16,6 +17,7 @@ from ltx_batch.model.pipeline_config import load_pipeline_config
 from ltx_batch.model.placement import Placement, Room, Strain, check_name, decide, needs, staying, step_down
 from ltx_batch.model.plan import Guidance, PassPlan, Plan, Target, plan_request
 from ltx_batch.model.sigmas import SchedulerConfig
+from ltx_batch.model.slicing import Slices, are_thin
 from ltx_batch.model.tiles import Tiles, choose_tiles
 from ltx_batch.request import RenderRequest
 
@@ -23,6 +25,8 @@ VAE = {"encoder_bytes": int(1.293 * GIB), "decoder_bytes": int(1.030 * GIB), "up
 # Weights of the 13B: 12.885 billion in 48 blocks, 0.158 billion beside them.
 BF16 = ModelSizes((int(0.5 * GIB),) * 48, int(0.294 * GIB), channels=4096, number_bytes=2, **VAE)
 INT8 = replace(BF16, blocks=(int(0.25 * GIB),) * 48, precision="int8")
+# The 2B in bf16: 1.922 billion in 28 blocks.
+SMALL = replace(BF16, blocks=(int(3.4 / 28 * GIB),) * 28, rest_bytes=int(0.13 * GIB), channels=2048)
 BNB = replace(INT8, precision="bnb-int8")
 FP32 = replace(BF16, blocks=(GIB,) * 48, rest_bytes=int(0.588 * GIB), number_bytes=4, precision="fp32")
 CONFIG = load_pipeline_config("ltxv-13b-0.9.8-distilled")
@@ -82,20 +86,6 @@ def test_a_decode(height: int, width: int, frames: int, measured_gib: float) -> 
     assert found / GIB == pytest.approx(measured_gib, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "frames", "measured_gib"),
-    [(704, 1216, 121, 5.6), (1440, 2560, 33, 4.7), (2176, 3840, 33, 7.5)],
-)
-def test_a_tiled_decode(height: int, width: int, frames: int, measured_gib: float) -> None:
-    """Measured with diffusers' tiles of 512 pixels, which keeps all of them on the device and joins them there: rows
-    first, then the whole, each a copy."""
-    tiles = Tiles(512, 512, 64)
-    vae, video = BF16.encoder_bytes + BF16.decoder_bytes, 6 * frames
-    first = vae + memory.decode_bytes(BF16, tiles.pixels * frames) + video * tiles.pixels
-    joined = vae + video * (tiles.decoded_pixels(height, width) + 2 * height * width)
-    assert max(first, joined) / GIB == pytest.approx(measured_gib, rel=0.1)
-
-
 def test_guidance_and_given_tokens_take_more() -> None:
     plain, guided = (one_pass(704, 1216, 121, Guidance(guidance_scale=scale)) for scale in (1.0, 3.0))
     alone, both, pair, given = (
@@ -138,10 +128,14 @@ def test_tiles_are_the_largest_that_fit() -> None:
 # decisions
 
 
+def sliced(sizes: ModelSizes, plan: Plan, size_gib: float) -> Slices:
+    slices = decide(sizes, Work(plan), card(size_gib)).decode_slices
+    assert slices is not None
+    return slices
+
+
 def test_a_large_video_waits_in_host_memory() -> None:
-    for size_gib, to_host in ((15.0, False), (5.0, True)):
-        tiles = decide(INT8, Work(HD), card(size_gib)).decode_tiles
-        assert tiles is not None and tiles.to_host is to_host
+    assert not sliced(INT8, HD, 11.0).to_host and sliced(INT8, HD, 5.0).to_host
 
 
 @pytest.mark.parametrize(
@@ -150,15 +144,17 @@ def test_a_large_video_waits_in_host_memory() -> None:
         (BF16, HD, 79.4, "resident", False, False),
         (BF16, HD, 47.4, "resident", False, False),
         (BF16, HD, 23.4, "offload", False, False),
-        (INT8, HD, 23.4, "offload", False, False),
+        (INT8, HD, 23.4, "resident", True, False),
         (INT8, HD, 15.4, "offload", True, False),
-        (INT8, HD, 7.4, "offload", True, False),
-        (INT8, HD, 5.4, "offload", True, False),
-        (INT8, HD, 3.4, "offload", True, True),
+        (INT8, HD, 7.1, "offload", True, False),
+        (INT8, HD, 5.1, "offload", True, False),
+        (INT8, HD, 3.1, "offload", True, True),
+        (SMALL, HD, 11.1, "resident", True, False),
+        (SMALL, HD, 3.1, "offload", True, False),
         (INT8, UHD, 79.4, "resident", False, False),
         (INT8, UHD, 47.4, "resident", True, False),
-        (INT8, UHD, 11.4, "offload", True, False),
-        (INT8, UHD, 7.4, "offload", True, True),
+        (INT8, UHD, 11.1, "offload", True, False),
+        (INT8, UHD, 7.1, "offload", True, True),
     ],
 )
 def test_the_first_that_fits(
@@ -166,10 +162,37 @@ def test_the_first_that_fits(
 ) -> None:
     room = card(size_gib)
     found = decide(sizes, Work(plan), room)
-    assert (found.mode, found.decode_tiles is not None, found.degraded) == (mode, cut, cut)
+    assert (found.mode, found.decode_slices is not None, found.degraded) == (mode, cut, False)
     assert any(one.chunk_tokens for one in found.passes) is chunks
     assert found.fits and found.peak_bytes <= room.usable[0]
     assert room.told in found.reason
+    assert (f"decoded in {found.decode_slices}" in found.reason) is cut
+
+
+@pytest.mark.parametrize(
+    ("sizes", "plan", "size_gib", "columns"),
+    [(INT8, HD, 7.1, 75), (INT8, HD, 5.1, 50), (SMALL, HD, 3.1, 22), (INT8, UHD, 11.1, 75), (INT8, UHD, 7.1, 75)],
+)
+def test_slices_are_as_large_as_fit(sizes: ModelSizes, plan: Plan, size_gib: float, columns: int) -> None:
+    """Four columns of each are worked out twice."""
+    last = plan.passes[-1]
+    assert sliced(sizes, plan, size_gib).work_bytes >= memory.columns_bytes(sizes, last, columns)
+
+
+def test_thin_slices_only_where_nothing_else_fits() -> None:
+    last = HD.passes[-1]
+    denoise = memory.denoise_bytes(SMALL, last, Work(HD))
+    room = Room(int((SMALL.weights_bytes + 1.01 * denoise) / memory.USABLE))
+    resident = decide(SMALL, Work(HD), room, "resident")
+    assert resident.fits and are_thin(SMALL, last, resident.decode_slices)
+    assert decide(SMALL, Work(HD), room).mode == "offload"
+
+
+def test_a_decoder_that_draws_noise_is_degraded_by_slices() -> None:
+    noisy = replace(INT8, noisy_decoder=True)
+    assert decide(noisy, Work(HD), card(7.1)).degraded
+    assert decide(noisy, Work(HD), card(23.4)).mode == "offload", "uncut is better, where it fits"
+    assert not decide(noisy, Work(HD), card(79.4)).degraded
 
 
 def test_as_many_blocks_stay_as_fit() -> None:
@@ -194,7 +217,7 @@ def test_blocks_of_two_sizes_are_counted_each_and_large_ones_stay_first() -> Non
 
 
 def test_blocks_make_room_for_a_decode_and_no_more_than_must() -> None:
-    placed = decide(INT8, Work(HD), card(23.4))
+    placed = decide(INT8, Work(HD), card(23.4), "offload")
     staying = placed.beside["decode"]
     assert placed.passes[1].kept_blocks == 48 and staying is not None and 0 < staying < 48
     assert placed.beside["upsample"] == 48, "which wants little"
@@ -231,7 +254,7 @@ def test_blocks_are_dealt_where_there_is_room() -> None:
     found = decide(BF16, Work(one_pass(704, 1216, 121)), pair, "sharded")
     assert sum(found.shards) == 48 and found.fits
     assert decide(BF16, Work(one_pass(704, 1216, 121)), Room(25 * GIB, (15 * GIB,)), "sharded").shards == (31, 17)
-    assert decide(BF16, Work(HD), Room(40 * GIB, (40 * GIB,))).mode == "sharded", "uncut, where one alone is not enough"
+    assert decide(BF16, Work(HD), Room(28 * GIB, (28 * GIB,))).mode == "sharded", "where one alone is not enough"
     assert decide(BF16, Work(HD), Room(79 * GIB, (79 * GIB,))).mode == "resident"
     assert not decide(BF16, Work(HD), Room(10 * GIB, (10 * GIB,)), "sharded").fits
 
@@ -239,20 +262,20 @@ def test_blocks_are_dealt_where_there_is_room() -> None:
 # out of memory
 
 
-def test_a_decode_steps_down_to_smaller_and_smaller_tiles() -> None:
-    work, strain, sides = Work(HD), Strain(), []
+def test_a_decode_steps_down_to_smaller_and_smaller_slices() -> None:
+    work, strain, seen = Work(HD), Strain(), []
     while True:
         placed = decide(BF16, work, card(79.4), strain=strain)
         assert placed.mode == "resident", "the denoising needs no change"
-        stepped = step_down(strain, "decode", placed, work)
+        stepped = step_down(BF16, strain, "decode", placed, work)
         if stepped is None:
             break
         strain = stepped
-        tiles = decide(BF16, work, card(79.4), strain=strain).decode_tiles
-        assert tiles is not None
-        sides.append(tiles.pixels)
-    assert sides == sorted(sides, reverse=True) and len(sides) > 3
-    assert sides[0] <= 896 * 1600 / 2
+        slices = decide(BF16, work, card(79.4), strain=strain).decode_slices
+        assert slices is not None and slices.to_host
+        seen.append(slices.work_bytes)
+    assert len(seen) > 3 and all(after < before for before, after in pairwise(seen))
+    assert seen[-1] == memory.columns_bytes(BF16, HD.passes[-1], 12)
 
 
 def test_other_stages_step_down_one_placement_at_a_time() -> None:
@@ -260,7 +283,7 @@ def test_other_stages_step_down_one_placement_at_a_time() -> None:
     seen: list[Placement] = []
     while strain is not None:
         seen.append(decide(INT8, work, card(40), strain=strain))
-        stepped = step_down(strain, "denoise", seen[-1], work)
+        stepped = step_down(INT8, strain, "denoise", seen[-1], work)
         if stepped is None:
             break
         strain = stepped
