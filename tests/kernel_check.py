@@ -144,7 +144,7 @@ def build(arch: int) -> Iterator[dict[str, Any]]:
             for stages in (2, 3) if group == 64 else (3,):
                 launch = rows.RowLaunch(rows.row_bytes(width, lines=modulate and not shared), 2, stages)
                 if launch.shared_bytes((arch // 10, arch % 10)) <= LIMITS_KIB[arch] * 1024:
-                    yield compiled(rows.row_kernel, flags, arch, rows.warps_of(width), stages, launch, channels)
+                    yield compiled(rows.row_kernel, flags, arch, rows.WARPS, stages, launch, channels)
     yield compiled(rotary.rotary_kernel, {"pairs": 2048}, arch, 8, 3, None, {**channels, "real_pairs": 16})
     fitting_tiles = product.tuner(described=arch // 10 == 9).fitting((arch // 10, arch % 10), LIMITS_KIB[arch] * 1024)
     for tile in fitting_tiles:

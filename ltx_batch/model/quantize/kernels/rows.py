@@ -1,6 +1,6 @@
 """Norm and modulation, GELU and rotation on the way into int8: a row is read once and written once.
 
-Its scale is known when all of it is, so a row stays in registers, up to 16384 numbers over eight warps. A program takes
+Its scale is known when all of it is, so a row stays in registers, up to 16384 numbers over four warps. A program takes
 row after row, and keeps what they share. Rotation goes through the tensor cores, 64 channels at a time; of a group of 256
 there are four such runs, and the 4 x 4 matrix over them is sums in registers.
 """
@@ -18,6 +18,8 @@ from ltx_batch.model.quantize.kernels.start import start
 from ltx_batch.model.quantize.kernels.tune import Tuner, bucket, multiprocessors
 
 _LANES = tl.constexpr(64)
+# Never tuned: the order of sums hangs on it. On an H100 eight take a fifth longer over rows of 16384.
+WARPS = 4
 _RINT = tl.constexpr(12582912.0)  # 1.5 * 2^23: fp32 has no fractions there, so adding it rounds half to even
 
 
@@ -144,7 +146,7 @@ class RowLaunch:
 
 @cache
 def tuner(row_bytes: int) -> Tuner[RowLaunch]:
-    tries = ((0, 2), (2, 2), (2, 3), (4, 2), (4, 3), (8, 2))
+    tries = ((0, 2), (2, 2), (2, 3), (3, 4), (4, 2), (4, 3), (8, 2), (8, 3))
     return Tuner("rows", [RowLaunch(row_bytes, programs, stages) for programs, stages in tries])
 
 
@@ -204,8 +206,8 @@ def _launch(
 
     def run(launch: RowLaunch, *, only_build: bool = False) -> torch.Tensor:
         programs = min(rows, launch.programs * multiprocessors(x.device)) if launch.programs else rows
-        warps, stages = warps_of(channels), launch.stages
-        start(row_kernel, programs, tensors, numbers, constants, warps=warps, stages=stages, only_build=only_build)
+        stages = launch.stages
+        start(row_kernel, programs, tensors, numbers, constants, warps=WARPS, stages=stages, only_build=only_build)
         return out
 
     variant = (bucket(rows), channels, group, int(table is not None), int(lines == 1), int(gelu), int(quantize))
@@ -223,8 +225,3 @@ def blocks_of(channels: int, group: int) -> int:
     """Runs of 64 channels in a tile, as a power of two; a tensor core takes at least 16."""
     blocks = triton.next_power_of_2(triton.cdiv(channels, 256 if group == 256 else 64))
     return max(16, blocks) if group else blocks
-
-
-def warps_of(channels: int) -> int:
-    """32 numbers a thread for a row of 4096, 64 for one of 16384. Never tuned: the order of sums hangs on it."""
-    return 4 if channels <= 4096 else 8
