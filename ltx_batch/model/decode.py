@@ -19,6 +19,7 @@ from ltx_batch.model.slices import decode_in_slices, sliced_axis
 from ltx_batch.model.slicing import Slices
 
 _PIECE_PIXELS = 2**25  # of frames brought to their size at once: in fp32 a whole video is gigabytes
+_PIXEL_BYTES = 48  # of each such pixel: three numbers in fp32, as they come, in their size, and on the way to bytes
 
 
 def decode_row(
@@ -30,9 +31,9 @@ def decode_row(
     One row at a time: decoding is the peak of memory, and a batch gains nothing there.
     """
     video = decode_video(vae, latents, plan, noise, slices)
-    target = plan.target
-    last = plan.passes[-1]
-    count = max(1, _PIECE_PIXELS // (last.height * last.width))
+    target, last = plan.target, plan.passes[-1]
+    pixels = _PIECE_PIXELS if slices is None else min(_PIECE_PIXELS, slices.work_bytes // _PIXEL_BYTES)
+    count = max(1, pixels // (last.height * last.width))
     for start in range(0, target.num_frames, count):
         frames = video.frames(start, min(start + count, target.num_frames)).float().clamp_(-1, 1)
         yield crop(resize(frames, target.padded_height, target.padded_width), target)

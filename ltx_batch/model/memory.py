@@ -45,7 +45,7 @@ class SliceWork:
     the layers of diffusers. `growth` is how many numbers come out for one that goes in."""
 
     resnet: float
-    end: float
+    norm: float
 
     def convolution(self, growth: float) -> float:
         """What goes in, the same padded in time, and what comes out."""
@@ -54,6 +54,10 @@ class SliceWork:
     def upsampler(self, growth: float, *, residual: bool) -> float:
         """What comes out of its convolution, that in the order of pixels, and what is added to it."""
         return 1 + growth * (3 if residual else 2)
+
+    def end(self, growth: float) -> float:
+        """Its norm, or in a narrow decoder what comes out of its convolution, and that in the order of pixels."""
+        return max(self.norm, 2.25 + 2 * growth)
 
 
 # A norm of bf16 numbers goes through fp32: three times two bytes, and twice four.

@@ -78,7 +78,9 @@ def decoder_steps(decoder: Any, level: torch.Tensor | None, number_bytes: int) -
             steps.append(Step(layer, 1, layer.stride[2], work.upsampler(growth, residual=layer.residual)))
         steps += resnets(block)
     end = _with(decoder, conv_in=nn.Identity(), mid_block=_Pass(), up_blocks=nothing)
-    steps.append(Step(lambda hidden: end(hidden, level), 1, decoder.patch_size, work.end))
+    conv = decoder.conv_out
+    growth = conv.out_channels / conv.in_channels
+    steps.append(Step(lambda hidden: end(hidden, level), 1, decoder.patch_size, work.end(growth)))
     return steps
 
 

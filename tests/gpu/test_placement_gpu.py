@@ -15,8 +15,11 @@ from ltx_batch import Condition, LoraRef, RenderRequest, load_renderer
 from ltx_batch.clip import Clip
 from ltx_batch.model.attention import Kernel, attend
 from ltx_batch.model.block_stream import BlockStream
+from ltx_batch.model.decode import decode_row
 from ltx_batch.model.device import free_bytes
+from ltx_batch.model.noise import row_noise
 from ltx_batch.model.placement import PassPlacement, Strain
+from ltx_batch.model.slicing import Slices
 from ltx_batch.renderer import LtxRenderer
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
@@ -163,6 +166,20 @@ def test_a_decode_that_really_runs_out_of_memory_is_done_again_in_slices(tiny: P
     assert clip.ran["out_of_memory"][0].startswith("decode ran out of memory")
     assert renderer._pipeline.placing._strain != Strain()
     assert clip.frames.shape == whole.frames.shape
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+@torch.inference_mode()
+def test_a_sliced_decode_is_the_whole_one(tiny: Path, dtype: torch.dtype, tolerance: float) -> None:
+    renderer = loaded(tiny, precision="fp32")
+    vae, plan = renderer._pipeline.vae.to(dtype), renderer.plan(WIDE)
+    latents = torch.randn(1, 8, 3, 12, 16, generator=torch.Generator().manual_seed(0)).to(CUDA)
+    whole, on_device, to_host = (
+        torch.cat(list(decode_row(vae, latents, plan, row_noise(7), slices)), dim=2)
+        for slices in (None, Slices(2**22), Slices(2**22, to_host=True))
+    )
+    assert torch.equal(on_device, to_host)
+    assert (whole - on_device).abs().max() < tolerance
 
 
 @pytest.mark.parametrize("name", ["native", "cudnn", "flash", "efficient"])

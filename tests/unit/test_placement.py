@@ -275,7 +275,7 @@ def test_a_decode_steps_down_to_smaller_and_smaller_slices() -> None:
         assert slices is not None and slices.to_host
         seen.append(slices.work_bytes)
     assert len(seen) > 3 and all(after < before for before, after in pairwise(seen))
-    assert seen[-1] == memory.columns_bytes(BF16, HD.passes[-1], 12)
+    assert seen[-1] < memory.columns_bytes(BF16, HD.passes[-1], 2), "of which no column is done"
 
 
 def test_other_stages_step_down_one_placement_at_a_time() -> None:

@@ -71,7 +71,7 @@ def test_a_sliced_decode_is_the_whole_one(kind: str, padding: str) -> None:
     vae = built(KINDS[kind])
     for layer in vae.decoder.modules():
         if isinstance(layer, torch.nn.Conv3d) and layer.kernel_size[1] > 1:
-            layer.padding_mode = padding
+            layer.padding_mode = "reflect" if padding == "reflect" else "zeros"
     for size in SIZES if padding == "zeros" else SIZES[:2]:
         given, level = latents(size), torch.tensor([0.05]) if vae.config.timestep_conditioning else None
         expected = vae.decode(given, level, return_dict=False)[0]
