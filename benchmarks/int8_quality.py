@@ -20,6 +20,7 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -47,6 +48,7 @@ from ltx_batch.model.lpips import Lpips  # noqa: E402
 from ltx_batch.renderer import resolve_checkpoint  # noqa: E402
 
 AT_ONCE = 16  # clips that are judged together
+BATCH = {"cpu": 16, "cuda": 64}  # clips that are rendered together: so small a model waits for launches
 MOST_WORKERS = 15
 
 
@@ -86,16 +88,17 @@ class Judge:
         )
         made, waiting, distances = [], [], []
         with attention(kind):
-            for start, clips in in_groups(render_cases(renderer, self.cases), AT_ONCE):
+            for start, clips in in_groups(render_cases(renderer, self.cases, batch=BATCH[self.device.type]), AT_ONCE):
                 other = clips if reference is None else reference[start : start + len(clips)]
                 expected = [case.expected for case in self.cases[start : start + len(clips)]]
                 waiting.append(self.crew.submit(score_clips, clips, expected, other))
-                frames = self.lpips(*(pair.reshape(-1, *pair.shape[2:]) for pair in (other, clips)))
-                distances.append(frames.reshape(len(clips), -1).mean(1))
+                if reference is not None:
+                    frames = self.lpips(*(pair.reshape(-1, *pair.shape[2:]) for pair in (other, clips)))
+                    distances.append(frames.reshape(len(clips), -1).mean(1))
                 made.append(clips)
         renderer.close()
         scores = [score for future in waiting for score in future.result()]
-        return Judged(np.concatenate(made), scores, np.concatenate(distances))
+        return Judged(np.concatenate(made), scores, np.concatenate(distances) if distances else np.zeros(len(scores)))
 
 
 def clips(bench: Bench) -> None:
@@ -105,12 +108,17 @@ def clips(bench: Bench) -> None:
         judge = Judge(
             bench.device, held_out_cases(bench.clips), crew, Lpips(device=bench.device), bench.folder / "texts"
         )
-        known = {name: judge.judge(folder, reference) for name, folder in bench.checkpoints.items()}
+        known = {}
+        for name, folder in bench.checkpoints.items():
+            started_s = time.perf_counter()
+            known[name] = judge.judge(folder, reference)
+            print(f"{name} {reference.name}, the reference: {time.perf_counter() - started_s:.1f} s", flush=True)
         same = (known["demo"].frames == known["twin"].frames).all(axis=(1, 2, 3, 4))
         bench.results.add("twin_reference_same_clips", float(same.mean()), clips=bench.clips)
         for checkpoint, judged in known.items():
             shares = dict(zip(ATTRIBUTES, judged.right.mean(0).round(4).tolist(), strict=True))
             bench.results.add(f"{checkpoint}_reference_right", float(judged.right.all(1).mean()), by_attribute=shares)
+        bench.results.write()
 
         def measure(checkpoint: str, kind: Kind) -> None:
             judged = judge.judge(bench.checkpoints[checkpoint], kind, known[checkpoint].frames)

@@ -98,15 +98,21 @@ def score(readings: Iterable[Reading], expected: Iterable[Expected]) -> dict[str
 
 
 def render_cases(
-    renderer: LtxRenderer, cases: Sequence[Case], size: Size = MAIN, schedule: Schedule | None = None
+    renderer: LtxRenderer,
+    cases: Sequence[Case],
+    size: Size = MAIN,
+    schedule: Schedule | None = None,
+    *,
+    batch: int = BATCH,
 ) -> Iterator[NDArray[np.uint8]]:
-    """Frames of each case, in order, with the checkpoint's own schedule and guidance where no others are given."""
+    """Frames of each case, in order, with the checkpoint's own schedule and guidance where no others are given. Each
+    `batch` has a frame rate of its own."""
     rng = random.Random(2)
-    for start in range(0, len(cases), BATCH):
+    for start in range(0, len(cases), batch):
         frame_rate = round(rng.uniform(*world.FRAME_RATES_HZ), 2)
         requests = [
             _request(case.prompt, size, frame_rate=frame_rate, seed=case.seed, **(schedule or {}))
-            for case in cases[start : start + BATCH]
+            for case in cases[start : start + batch]
         ]
         yield from (clip.frames for clip in renderer.render(requests))
 

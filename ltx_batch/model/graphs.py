@@ -35,9 +35,9 @@ class _Recorded:
 
 class StepGraphs:
     """Calls a transformer, by a graph where one may be recorded. The first call of a kind is a plain one, which chooses
-    and compiles kernels; the second is recorded."""
+    and compiles kernels; the second is recorded. Not `recordable` are kernels that wait for the GPU, as bitsandbytes' do."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, recordable: bool = True) -> None:
         self._device = device
         self._recorded: OrderedDict[Hashable, _Recorded] = OrderedDict()
         self._met: set[Hashable] = set()
@@ -45,7 +45,7 @@ class StepGraphs:
         self._addresses = 0
         self._spare_bytes: int | None = None  # None: this pass records and replays nothing
         self._pool: Any = None
-        self._failed = False
+        self._failed = not (recordable and device.type == "cuda")
 
     @contextmanager
     def at_work(self, transformer: Any, tokens: int, *, spare_bytes: int | None) -> Iterator[None]:
@@ -55,7 +55,7 @@ class StepGraphs:
         short = tokens <= RECORDED_TOKENS
         # Wherever the transformer lies, such a call reads the same tokens of its prompts: else pixels hung on memory.
         with rows.steady() if rows is not None and short else nullcontext():
-            if short and spare_bytes is not None and not self._failed and self._device.type == "cuda":
+            if short and spare_bytes is not None and not self._failed:
                 self._check(transformer)
                 self._spare_bytes = None if _watched(transformer) else spare_bytes
                 if rows is not None and self._spare_bytes is not None:

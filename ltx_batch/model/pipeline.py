@@ -120,7 +120,7 @@ class LtxPipeline:
         self.attention = use_kernel(self.transformer, attention)
         self.lodging = Lodging(device, self.transformer, self.vae, self.latent_upsampler)
         self.loras = LoraSwitch(self.transformer, device, changing=self.lodging.changing_layers)
-        self._graphs = StepGraphs(device)
+        self._graphs = StepGraphs(device, recordable=policy.name != "bnb-int8")
         self._memory_gib = memory_gib
         sizes = measure(self.transformer, self.vae, self.latent_upsampler, policy.name)
         self.placing = Placing(
