@@ -5,7 +5,8 @@
 
 It writes a prequantised folder of random weights (random_folder.py: 16 GB, no file of the transformer in 16 bits; the text
 encoder is one small layer, so text costs nothing), renders a manifest at 512x768x49 in the distilled preset's two passes,
-encodes with ffmpeg, and commits through the ledger on a local disk. The first run is undisturbed: an actor's share is the
+encodes with ffmpeg, and commits through the ledger on a local disk. Clips of random weights are noise, the worst there is for an
+encoder: so an actor holds many rows, of which one renders and the others are encoded, each on a core. The first run is undisturbed: an actor's share is the
 seconds of its render stages over the time from its first render's begin to its last one's end, as its records tell. In the
 second run, into another output, one actor gets SIGKILL when a third of the rows are done. Figures go into
 results/int8-<GPU>.json.
@@ -60,7 +61,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--in-flight", type=int, default=3, help="rows an actor holds: one renders, others are encoded")
+    parser.add_argument(
+        "--in-flight", type=int, default=14, help="rows an actor holds: one renders, others are encoded"
+    )
     parser.add_argument("--hadamard-group", type=int, default=None)
     parser.add_argument("--keep-blocks", type=int, default=None)
     parser.add_argument("--scratch", type=Path, default=Path("/tmp/ltx-batch-product"), help="a folder on a local disk")
@@ -109,7 +112,7 @@ def job(options: argparse.Namespace, name: str) -> dict[str, Any]:
         },
         "workers": options.workers,
         "worker": {
-            "num_cpus": 1 if options.tiny else 4,
+            "num_cpus": 1 if options.tiny else options.in_flight,
             "num_gpus": 0 if options.tiny else 1,
             "in_flight": options.in_flight,
         },
