@@ -30,6 +30,8 @@ def interpret() -> Iterator[dict[str, Any]]:
     for dtype, channels in ((torch.float32, 96), (torch.float32, 320), (torch.float32, 512), (torch.float16, 256)):
         yield from interpret_rows(dtype, channels)
         yield from interpret_rotary(dtype, channels)
+    for dtype in (torch.float32, torch.float16):
+        yield from interpret_text(dtype)
     yield from interpret_products()
 
 
@@ -66,6 +68,22 @@ def interpret_rotary(dtype: torch.dtype, channels: int) -> Iterator[dict[str, An
         pairs = zip(rotary.norm_rotate(*arguments), reference.norm_rotate(*arguments), strict=True)
         error = max(largest(found, right) for found, right in pairs)
         yield {"case": f"rotary {dtype} {channels} {tables.shape[1]}", "error": error}
+
+
+def interpret_text(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    from ltx_batch.model.quantize import reference
+    from ltx_batch.model.quantize.kernels import text
+
+    for clips, rows, tokens, heads, width in ((1, 70, 40, 2, 16), (2, 33, 17, 3, 32), (2, 5, 200, 1, 64)):
+        query, weight = torch.randn(clips * rows, heads * width).to(dtype), torch.rand(heads * width).to(dtype)
+        places = torch.randn(2, clips, tokens + 3, heads * width).to(dtype)  # of which less is read
+        keys, values = (place[:, :tokens] for place in places)
+        mask = torch.where(torch.rand(clips, 1, tokens) < 0.3, -10000.0, 0.0).to(dtype)
+        for given in (None, mask):
+            arguments = (query, weight, keys, values, given, heads, 1e-5)
+            found, right = text.attend_text(*arguments), reference.attend_text(*arguments)
+            case = f"text {dtype} {clips} {rows} {tokens} {heads} {width} {given is not None}"
+            yield {"case": case, "error": largest(found, right)}
 
 
 def interpret_products() -> Iterator[dict[str, Any]]:
@@ -129,7 +147,7 @@ def compared(
 
 
 def build(arch: int) -> Iterator[dict[str, Any]]:
-    from ltx_batch.model.quantize.kernels import product, rotary, rows
+    from ltx_batch.model.quantize.kernels import product, rotary, rows, text
 
     channels = {"channels": 16, "columns": 16, "x_stride": 16, "temb_stride": 16, "out_stride": 16, "stride": 16}
     flags: dict[str, Any]
@@ -146,6 +164,11 @@ def build(arch: int) -> Iterator[dict[str, Any]]:
                 if launch.shared_bytes((arch // 10, arch % 10)) <= LIMITS_KIB[arch] * 1024:
                     yield compiled(rows.row_kernel, flags, arch, rows.WARPS, stages, launch, channels)
     yield compiled(rotary.rotary_kernel, {"pairs": 2048}, arch, 8, 3, None, {**channels, "real_pairs": 16})
+    for width in (64, 128):
+        for tokens in (64, 128, 256):
+            tile_rows, tile_tokens, stages = text.tile_of(tokens)
+            flags = {"heads": 32, "width": width, "masked": True, "tile_rows": tile_rows, "tile_tokens": tile_tokens}
+            yield compiled(text.text_kernel, flags, arch, 4, stages, None, {"key_stride": 16, "clip_stride": 16})
     fitting_tiles = product.tuner(described=arch // 10 == 9).fitting((arch // 10, arch % 10), LIMITS_KIB[arch] * 1024)
     for tile in fitting_tiles:
         kernel = product.described_kernel if tile.described else product.product_kernel
@@ -199,7 +222,7 @@ def type_of(name: str, flags: dict[str, Any]) -> str:
         return "fp32" if name == "eps" else "i32"
     if "scale" in name or name in ("cos_ptr", "sin_ptr"):
         return "*fp32"
-    is_int8 = re.fullmatch(r"weight\d?_ptr", name) or (name == "x_ptr" and "depth" in flags)
+    is_int8 = "depth" in flags and (re.fullmatch(r"weight\d?_ptr", name) or name == "x_ptr")
     is_int8 = is_int8 or (name == "out_ptr" and flags.get("quantize", False))
     return "*i8" if is_int8 else "*bf16"
 

@@ -90,6 +90,28 @@ def room_for_32_bits(tile: Any) -> bool:
     return bool(tile.shared_bytes(capability) + tile.rows * tile.columns <= limit_bytes)
 
 
+@pytest.mark.parametrize("width", [16, 64, 128])
+@pytest.mark.parametrize("tokens", [3, 40, 64, 100, 256])
+def test_attention_to_the_prompt(width: int, tokens: int) -> None:
+    heads, clips, rows = 4, 2, 333
+    channels = heads * width
+    places = drawn(2, clips, 256, channels)  # of which `tokens` are read
+    mask = torch.zeros(clips, 1, tokens, device=GPU, dtype=torch.bfloat16)
+    mask[1, :, tokens // 2 + 1 :] = -10000.0
+    for given in (None, mask):
+        arguments = (
+            drawn(clips * rows, channels),
+            drawn(channels),
+            *(x[:, :tokens] for x in places),
+            given,
+            heads,
+            1e-5,
+        )
+        exact = (None if x is None else x.float() if isinstance(x, torch.Tensor) else x for x in arguments)
+        found, right = ops.attend_text(*arguments), reference.attend_text(*exact)
+        assert (found.float() - right).norm() / right.norm() < 4e-3
+
+
 @pytest.mark.parametrize(("count", "columns", "channels"), [(333, 512, 256), (2688, 4096, 4096), (77, 96, 80)])
 def test_every_tile_sums_exactly(count: int, columns: int, channels: int) -> None:
     from ltx_batch.model.quantize.kernels.product import launch, tuner

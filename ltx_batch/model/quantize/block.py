@@ -20,7 +20,7 @@ from torch.func import functional_call
 from torch.nn.functional import gelu
 
 from ltx_batch.model.quantize.linear import Int8Linear, biases
-from ltx_batch.model.quantize.ops import int8_product, modulate_rows, norm_rotate, quantize_modulated
+from ltx_batch.model.quantize.ops import attend_text, int8_product, modulate_rows, norm_rotate, quantize_modulated
 from ltx_batch.model.quantize.reference import ada
 from ltx_batch.model.quantize.rope import HalfRope, Tables, whole
 from ltx_batch.model.quantize.text_rows import KeysValues, TextRows, watch
@@ -151,8 +151,9 @@ class FusedBlock(nn.Module):
         shape: torch.Size,
     ) -> torch.Tensor:
         attention = self.attn2
-        query = attention.norm_q(attention.to_q(hidden.view(shape)))
-        out = _attend(attention, query, keys, values, None if mask is None else mask[:, None])
+        norm = attention.norm_q
+        query = attention.to_q(hidden.view(shape)).flatten(0, 1)
+        out = attend_text(query, norm.weight, keys, values, mask, attention.heads, norm.eps)
         return self._added(attention.to_out[0], out, hidden, lines, None)
 
     def _feed_forward(self, hidden: torch.Tensor, lines: torch.Tensor) -> torch.Tensor:
@@ -229,12 +230,10 @@ def _fits(block: Any) -> bool:
     )
 
 
-def _attend(
-    attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
+def _attend(attention: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Heads attend, by the backend that diffusers was told: [B, N, D] each, out [B * N, D]."""
     heads = (x.unflatten(2, (attention.heads, -1)) for x in (query, key, value))
-    out = dispatch_attention_fn(*heads, attn_mask=mask, backend=attention.processor._attention_backend)
+    out = dispatch_attention_fn(*heads, backend=attention.processor._attention_backend)
     return out.flatten(2).flatten(0, 1)
 
 

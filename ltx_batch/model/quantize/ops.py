@@ -42,6 +42,7 @@ quantize_rows, _quantize_rows = _operation(reference.quantize_rows, "rows")
 quantize_modulated, _quantize_modulated = _operation(reference.quantize_modulated, "rows")
 modulate_rows, _modulate_rows = _operation(reference.modulate_rows, "rows")
 norm_rotate, _norm_rotate = _operation(reference.norm_rotate, "rotary")
+attend_text, _attend_text = _operation(reference.attend_text, "text")
 int8_product, _int8_product = _operation(reference.int8_product, "product")
 
 
@@ -73,6 +74,19 @@ def _(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape)
+
+
+@_attend_text.register_fake
+def _(
+    query: torch.Tensor,
+    weight: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    heads: int,
+    eps: float,
+) -> torch.Tensor:
+    return query.new_empty(query.shape)
 
 
 @_int8_product.register_fake

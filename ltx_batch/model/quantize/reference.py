@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.nn.functional import gelu as torch_gelu
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from ltx_batch.model.quantize.hadamard import rotate
 
@@ -101,6 +102,23 @@ def _norm_rotate(
     real, imaginary = normed.view(-1, len(cos), cos.shape[1], 2).unbind(-1)
     turned = torch.stack([real * cos - imaginary * sin, imaginary * cos + real * sin], dim=-1)
     return turned.view(x.shape).to(x.dtype)
+
+
+def attend_text(
+    query: torch.Tensor,
+    weight: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    heads: int,
+    eps: float,
+) -> torch.Tensor:
+    """RMS norm over all heads of `query` [B * N, D], then its attention to `keys` and `values` [B, T, D], with a `mask`
+    [B, 1, T] that is added to the scores of all heads: [B * N, D]."""
+    normed = rms_norm(query, (query.shape[1],), weight, eps).unflatten(0, (len(keys), -1))
+    query, keys, values = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (normed, keys, values))
+    out = scaled_dot_product_attention(query, keys, values, attn_mask=None if mask is None else mask[:, None])
+    return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 def _round_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
