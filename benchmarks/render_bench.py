@@ -105,6 +105,7 @@ class Subject:
         """Go on within so much of each GPU, context included, as a process that began with this limit."""
         device, placing = self.pipeline.device, self.pipeline.placing
         self.pipeline.lodging.leave()
+        self.pipeline._graphs.drop()
         limit_memory(device, memory_gib)
         placing._placements.clear()
         if device.type == "cpu":  # where nothing but the pipeline's own word limits it

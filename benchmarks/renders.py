@@ -204,9 +204,9 @@ def claims(renders: Renders, verb: str) -> None:
 
 def cold(renders: Renders, verb: str) -> None:
     """From the start of a process to its first step: imports, load, the step. Eager, as everything ships."""
-    for name, start in measure_starts(renders.scratch, renders.bench.policy, tiny=renders.bench.tiny):
-        if renders.wanted(name):
-            renders.bench.report(name, start.pop("seconds"), "s", **start)
+    starts = measure_starts(renders.scratch, renders.bench.policy, renders.wanted, tiny=renders.bench.tiny)
+    for name, start in starts:
+        renders.bench.report(name, start.pop("seconds"), "s", **start)
 
 
 VERBS: Mapping[str, Callable[[Renders, str], None]] = {
