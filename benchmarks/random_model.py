@@ -72,6 +72,10 @@ class RandomText:
     tokenizer: Any
 
     @property
+    def precision(self) -> str:
+        return {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
+
+    @property
     def weights_bytes(self) -> int:
         with torch.device("meta"):
             model = T5EncoderModel(self.config)

@@ -60,6 +60,11 @@ class ModelSpec(_Section):
         None, description="path or URI of an official pipeline YAML; None: the checkpoint folder's own"
     )
     precision: Precision = "auto"
+    text_precision: Precision = Field(
+        "auto",
+        description="of the text encoder; auto: as its files are quantised, else all in the numbers that the transformer's "
+        "precision leaves. Part of the key unless it is auto",
+    )
     placement: Placement = "auto"
     attention: Attention = Field(
         "auto",

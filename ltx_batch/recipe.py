@@ -55,6 +55,8 @@ def make_recipe(job: JobSpec) -> dict[str, Any]:
         )
     if named is not None:
         recipe["pipeline_config"] = config_sha256(named)
+    if model.text_precision != "auto":
+        recipe["text_precision"] = model.text_precision
     if model.attention != "auto":
         recipe["attention"] = model.attention
     if model.skip_modules:

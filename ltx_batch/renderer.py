@@ -23,6 +23,7 @@ from ltx_batch.model.plan import Plan, plan_request
 from ltx_batch.model.quantize import policy
 from ltx_batch.model.sources import Sources, find_sources
 from ltx_batch.model.text_key import TextIdentity, encoder_fingerprint
+from ltx_batch.model.text_precision import embedding_precision
 from ltx_batch.request import RenderRequest
 from ltx_batch.storage import Storage
 
@@ -173,6 +174,7 @@ def load_renderer(
     pipeline_config: str | None = None,
     upsampler: str | None = None,
     text_encoder: str | None = None,
+    text_precision: str = "auto",
     placement: str = "auto",
     attention: str = "auto",
     device_memory_gib: float | None = None,
@@ -194,6 +196,7 @@ def load_renderer(
     the place of its own: see `find_sources`. A text encoder that is not named and cannot be had is missed when a text is
     first encoded, and never where embeddings are given. `condition_preprocess` is none or official; None: what `resolve_preprocess`
     says. `llm_int8_threshold`, `skip_modules`, `hadamard_group` and `keep_blocks` bend the precision: see `Precision`.
+    `text_precision` is the text encoder's: see `text_policy`.
     `placement` is auto, resident, offload or sharded, `device_memory_gib` how much of each GPU may be used. `attention` is
     auto, native or sage: see `check_attention`. `torch_threads` pins torch's CPU threads, on which pixels hang; `options` are fsspec options for URIs.
     `text_cache` is a folder or URI of embeddings, which are read from it and, with `text` inline, added to it; with
@@ -201,6 +204,7 @@ def load_renderer(
     it says are refused, now and whenever one is loaded later. Raises CheckpointError, PrecisionError or JobError before any weight is loaded, where it can.
     """
     check_built(precision, placement, condition_preprocess)
+    policy.resolve_name(text_precision, "cpu")
     check_attention(attention, precision, device)
     from ltx_batch.model.device import pick_device, use_threads
     from ltx_batch.model.load import load_pipeline
@@ -226,7 +230,8 @@ def load_renderer(
     cache = None
     if text_cache is not None:
         hashes = sources.text_hashes(options) if recipe is None else recipe["checkpoint"]["files"]
-        cache = open_text_cache(text_cache, TextIdentity(encoder_fingerprint(hashes), chosen.dtype), options)
+        identity = TextIdentity(encoder_fingerprint(hashes), embedding_precision(text_precision, chosen.dtype))
+        cache = open_text_cache(text_cache, identity, options)
     weights, upscaler = sources.local_checkpoint(options), sources.local_upsampler(options)
     encoder = _local_text(sources, text_encoder, options) if text == "inline" else None
     pipeline = load_pipeline(
@@ -236,6 +241,7 @@ def load_renderer(
         expected=Expected.of(recipe, sources, weights, encoder, upscaler),
         text=encoder,
         upsampler=upscaler,
+        text_precision=text_precision,
         text_cache=cache,
         placement=placement,
         memory_gib=device_memory_gib,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ltx_batch.model.quantize import policy
 from ltx_batch.model.text_key import TextIdentity, encoder_fingerprint
+from ltx_batch.model.text_precision import embedding_precision
 from ltx_batch.renderer import local_text_encoder
 from ltx_batch.worker import WorkerPlan, open_text_store
 
@@ -36,18 +37,21 @@ class TextWorker:
     def __init__(self, plan: WorkerPlan) -> None:
         job = plan.job
         os.environ["OMP_NUM_THREADS"] = str(job.worker.torch_threads)  # read when torch is first imported
+        from ltx_batch.model.checkpoint import TextParts
         from ltx_batch.model.device import pick_device, use_threads
-        from ltx_batch.model.text import find_text
         from ltx_batch.model.text_cache import open_text_cache
 
         use_threads(job.worker.torch_threads)
         self._device = pick_device(job.model.device)
         dtype = policy.precision(plan.precision, self._device.type).dtype
         folder, expected = local_text_encoder(job.model, plan.recipe, job.storage.options)
-        self._parts = find_text(folder, dtype, expected.text)
+        asked = job.model.text_precision
+        self._parts = TextParts.find(folder, dtype, expected.text, precision=asked, device=self._device)
         store = open_text_store(job)
         assert store is not None, "a job with a text phase has a text cache"
-        identity = TextIdentity(encoder_fingerprint(plan.recipe["checkpoint"]["files"]), dtype)
+        identity = TextIdentity(
+            encoder_fingerprint(plan.recipe["checkpoint"]["files"]), embedding_precision(asked, dtype)
+        )
         self._cache = open_text_cache(store, identity, job.storage.options)
         self._encoder: TextEncoder | None = None
         self._threads = ThreadPoolExecutor(max_workers=_THREADS)

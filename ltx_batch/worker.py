@@ -243,6 +243,7 @@ def open_renderer(plan: WorkerPlan) -> Renderer:
         pipeline_config=model.pipeline_config,
         upsampler=model.upsampler,
         text_encoder=model.text_encoder,
+        text_precision=model.text_precision,
         placement=model.placement,
         attention=model.attention,
         device_memory_gib=model.device_memory_gib,

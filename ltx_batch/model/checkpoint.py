@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
+from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -14,25 +14,37 @@ import torch
 from torch import nn
 
 from ltx_batch.errors import CheckpointError
+from ltx_batch.model.device import free_bytes
 from ltx_batch.model.expected import Reading
+from ltx_batch.model.memory import GIB
 from ltx_batch.model.part import Part, held, read_component
 from ltx_batch.model.parts import check_layout, open_checkpoint
 from ltx_batch.model.plan import SPATIAL, TEMPORAL
-from ltx_batch.model.quantize.saved import put_blanks
+from ltx_batch.model.quantize.by_block import quantize_by_block
+from ltx_batch.model.quantize.policy import Precision
+from ltx_batch.model.quantize.saved import finish_bitsandbytes, put_blanks
 from ltx_batch.model.quantize.stored import Stored
+from ltx_batch.model.quantize.swap import check_device
 from ltx_batch.model.sigmas import SchedulerConfig
+from ltx_batch.model.sizes import text_bytes
 from ltx_batch.model.streaming import check_tensors, fill
+from ltx_batch.model.text_precision import BLOCKS, DType, text_policy
+from ltx_batch.tensor_file import StoredTensor
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about a 4-bit kernel that nothing here uses
 
 _CPU = torch.device("cpu")
+_ROUNDING_BYTES = GIB  # a block of T5-XXL in 16 bits, and a layer of it in fp32 twice
 
 
 class TextLoader(Protocol):
-    """A text encoder that can be had: its tokenizer, the bytes that it takes, and the encoder itself on `device`."""
+    """A text encoder that can be had: its tokenizer, its precision by name, the bytes that it takes, and itself on `device`."""
 
     @property
     def tokenizer(self) -> Any: ...
+
+    @property
+    def precision(self) -> str: ...
 
     @property
     def weights_bytes(self) -> int: ...
@@ -59,18 +71,31 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class TextParts:
-    """A text encoder and its tokenizer, looked at but not loaded. `weights_bytes` is what the encoder takes in `dtype`.
-    `reading` is entered whenever files are read."""
+    """A text encoder and its tokenizer, looked at but not loaded. `policy` says how it is held, and `device` where it is
+    quantised, wherever it will lie. `reading` is entered whenever files are read."""
 
     folder: Path
-    dtype: torch.dtype
+    policy: Precision
     part: Part
     tokenizer: Any
     reading: Reading = nullcontext
+    device: torch.device = _CPU
 
     @classmethod
-    def find(cls, folder: Path, dtype: torch.dtype, reading: Reading = nullcontext) -> TextParts:
-        """Raises CheckpointError where text_encoder/ or tokenizer/ below `folder` are missing, torn or something else."""
+    def find(
+        cls,
+        folder: Path,
+        dtype: DType,
+        reading: Reading = nullcontext,
+        *,
+        precision: str = "auto",
+        device: torch.device = _CPU,
+    ) -> TextParts:
+        """`dtype` is the transformer's, by name, and `precision` of the text encoder: see `text_policy`.
+
+        Raises CheckpointError where text_encoder/ or tokenizer/ below `folder` are missing, torn or something else, and
+        PrecisionError where the precision cannot be had of them, or on `device`.
+        """
         check_layout(folder, ("text_encoder", "tokenizer"))
         with reading():
             part = read_component(folder / "text_encoder", "text_encoder")
@@ -80,25 +105,46 @@ class TextParts:
                 f"the parts of {folder} are not of one model: the tokenizer knows {len(tokenizer)} tokens, the text "
                 f"encoder {part.config['vocab_size']}"
             )
-        return cls(folder, dtype, part, tokenizer, reading)
+        policy = text_policy(precision, dtype, device.type, part.stored)
+        check_device(policy, device)
+        return cls(folder, policy, part, tokenizer, reading, device)
 
     @property
     def channels(self) -> int:
         return int(self.part.config["d_model"])
 
     @property
+    def precision(self) -> str:
+        return self.policy.name
+
+    @property
     def weights_bytes(self) -> int:
-        shapes = {name: tensor.shape for name, tensor in self.part.tensors.items()}
-        if "shared.weight" in shapes:
-            shapes.pop("encoder.embed_tokens.weight", None)  # the same numbers
-        return sum(map(math.prod, shapes.values())) * self.dtype.itemsize
+        return text_bytes(self.part, self.policy)
 
     def load(self, device: torch.device = _CPU) -> Any:
-        """The encoder, in `dtype`. Raises CheckpointError."""
-        model = build("text_encoder", self.part)
+        """The encoder as its policy says. Raises CheckpointError."""
+        model, dtype = build("text_encoder", self.part), getattr(torch, self.policy.dtype)
         with self.reading():
-            fill(model, self.part.tensors, self.dtype, device)
+            if self.policy.quantize is None or self.part.stored is not None:
+                fill(model, self.part.tensors, dtype, device)
+                finish_bitsandbytes(model, self.policy.threshold, device)
+            else:
+                self._quantize(model, dtype, device)
         return model
+
+    def _quantize(self, model: Any, dtype: torch.dtype, home: torch.device) -> None:
+        """Block by block: neither host nor device ever holds the encoder in 16 bits."""
+        by_block: defaultdict[str, dict[str, StoredTensor]] = defaultdict(dict)
+        for name, tensor in self.part.tensors.items():
+            inside = name.startswith(f"{BLOCKS}.")
+            by_block[".".join(name.split(".")[:3]) if inside else ""][name] = tensor
+
+        def fill_block(name: str) -> None:
+            fill(model, by_block[name], dtype, at if name else home)
+
+        free = free_bytes(self.device)
+        at = self.device if free is None or free >= _ROUNDING_BYTES else _CPU
+        quantize_by_block(model, self.policy, at, blocks=BLOCKS, home=home, fill=fill_block)
 
 
 def load_checkpoint(
@@ -109,19 +155,26 @@ def load_checkpoint(
     upsampler: Path | None = None,
     with_text: bool = True,
     reading_text: Reading = nullcontext,
+    text_precision: str = "auto",
+    text_device: torch.device = _CPU,
     device: torch.device = _CPU,
 ) -> Checkpoint:
     """Load every part but the text encoder in `dtype`, straight onto `device`.
 
     `place` is a folder or an official single file, which holds no text encoder: `text_encoder` names the folder with
-    text_encoder/ and tokenizer/, and may do so for a folder too; `reading_text` is entered whenever its files are read.
+    text_encoder/ and tokenizer/, and may do so for a folder too; `reading_text` is entered whenever its files are read, and
+    `text_precision` and `text_device` are as in `TextParts.find`.
     `upsampler` names the spatial upscaler's folder or file.
     Beside the weights the host holds one piece of a file. Raises CheckpointError with what was found and what was
     expected, where a part is missing, torn, of another kind, or does not fit the others; but for files that change while
     they are read, before any weight is.
     """
     parts = open_checkpoint(place, upsampler=upsampler)
-    text = TextParts.find(text_encoder or place, dtype, reading_text) if with_text else None
+    text = None
+    if with_text:
+        plain: DType = "float32" if dtype == torch.float32 else "bfloat16"
+        folder = text_encoder or place
+        text = TextParts.find(folder, plain, reading_text, precision=text_precision, device=text_device)
     named = {"transformer": parts.transformer, "vae": parts.vae, "latent_upsampler": parts.latent_upsampler}
     models = {name: build(name, part) for name, part in named.items() if part is not None}
     _check_fit(place, models, text)

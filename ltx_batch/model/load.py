@@ -30,13 +30,14 @@ def load_pipeline(
     expected: Expected,
     text: Path | CheckpointError | None,
     upsampler: Path | None = None,
+    text_precision: str = "auto",
     text_cache: TextCache | None = None,
     placement: str = "auto",
     memory_gib: float | None = None,
     attention: str = "auto",
 ) -> LtxPipeline:
     """`checkpoint` and `upsampler` are folders or files. `text` is the folder with text_encoder/ and tokenizer/, or what
-    to raise when one is missed, or None where none is to be used. Whenever files are read they must be those of `expected`.
+    to raise when one is missed, or None where none is to be used; `text_precision` is as of `text_policy`. Whenever files are read they must be those of `expected`.
     `memory_gib` limits what is used of a GPU.
 
     Parts that may not stay on the device are loaded into host memory. Raises CheckpointError and JobError.
@@ -58,6 +59,8 @@ def load_pipeline(
             upsampler=upsampler,
             with_text=isinstance(text, Path),
             reading_text=expected.text,
+            text_precision=text_precision,
+            text_device=device,
             device=_CPU if to_quantise else home,
         )
     return LtxPipeline(

@@ -149,6 +149,7 @@ class LtxPipeline:
             "tiling": False,
             "degraded": False,
             **quantized,
+            **({} if parts.text is None else {"text_precision": parts.text.precision}),
         }
 
     def check(self, config: PipelineConfig) -> None:

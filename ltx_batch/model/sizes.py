@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from ltx_batch.model.memory import ModelSizes
 from ltx_batch.model.part import Part, Parts
 from ltx_batch.model.quantize.policy import BLOCKS, Precision, matches
+from ltx_batch.model.text_precision import BLOCKS as T5_BLOCKS
 from ltx_batch.tensor_file import ITEM_BYTES
 
 
 def sizes_of(parts: Parts, policy: Precision) -> ModelSizes:
     """Of the parts as that precision holds them."""
-    number = 4 if policy.dtype == "float32" else 2
-    blocks, rest = _transformer_bytes(parts.transformer, policy, number)
+    number = _number_bytes(policy)
+    blocks, rest = _transformer_bytes(parts.transformer, policy)
     vae: defaultdict[str, int] = defaultdict(int)
     for name, tensor in parts.vae.tensors.items():
         rounded = policy.quantize == "int8-weight" and len(tensor.shape) == 5  # its convolutions are too
@@ -35,25 +36,47 @@ def sizes_of(parts: Parts, policy: Precision) -> ModelSizes:
     )
 
 
-def _transformer_bytes(part: Part, policy: Precision, number: int) -> tuple[Mapping[int, int], int]:
-    """Bytes of each block by its number, and of what lies outside. A quantised weight has one byte a number, and scales,
-    which do not count."""
+def text_bytes(part: Part, policy: Precision) -> int:
+    """Of the text encoder as that precision holds it."""
     shapes = {name: tensor.shape for name, tensor in part.tensors.items()}
-    layers = [
-        name.removesuffix(".weight") for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2
-    ]
-    becomes = {} if part.stored else policy.table(layers)
+    if "shared.weight" in shapes:
+        shapes.pop("encoder.embed_tokens.weight", None)  # the same numbers
+    held = _held(part, policy, T5_BLOCKS)
+    return sum(math.prod(shape) * held(name) for name, shape in shapes.items())
+
+
+def _transformer_bytes(part: Part, policy: Precision) -> tuple[Mapping[int, int], int]:
+    """Bytes of each block by its number, and of what lies outside."""
+    held = _held(part, policy, BLOCKS)
     blocks: defaultdict[int, int] = defaultdict(int)
     rest = 0
-    for name, shape in shapes.items():
-        layer = name.rpartition(".")[0]
-        if any(matches(layer, pattern) for pattern in policy.parked):
+    for name, tensor in part.tensors.items():
+        if any(matches(name.rpartition(".")[0], pattern) for pattern in policy.parked):
             continue
-        quantized = name.endswith(".weight") and becomes.get(layer) not in (None, "fp32", "bf16")
-        quantized = quantized or (part.stored is not None and ITEM_BYTES[part.tensors[name].dtype] == 1)
-        taken = math.prod(shape) * (1 if quantized else number)
+        taken = math.prod(tensor.shape) * held(name)
         if name.startswith(f"{BLOCKS}."):
             blocks[int(name.split(".")[1])] += taken
         else:
             rest += taken
     return blocks, rest
+
+
+def _held(part: Part, policy: Precision, blocks: str) -> Callable[[str], int]:
+    """Bytes of a number of the tensor of that name: one in a quantised weight, whose scales do not count."""
+    tensors, number = part.tensors, _number_bytes(policy)
+    if part.stored is not None:
+        return lambda name: 1 if ITEM_BYTES[tensors[name].dtype] == 1 else number
+    layers = [name.removesuffix(".weight") for name, one in tensors.items() if _is_matrix(name, one.shape)]
+    quantised = {
+        f"{name}.weight" for name, how in policy.table(layers, blocks=blocks).items() if how == policy.quantize
+    }
+    return lambda name: 1 if name in quantised else number
+
+
+def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Of a linear layer; T5's table of distances is an embedding."""
+    return name.endswith(".weight") and len(shape) == 2 and "relative_attention_bias" not in name
+
+
+def _number_bytes(policy: Precision) -> int:
+    return 4 if policy.dtype == "float32" else 2

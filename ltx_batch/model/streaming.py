@@ -33,8 +33,8 @@ _DTYPES = {
 def fill(module: nn.Module, tensors: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device) -> None:
     """Give a module that was built on the meta device its weights, cast to `dtype`, on `device`.
 
-    A layer's attribute STORED names those that have a type of their own. `tensors` are those that `check_tensors` let pass. Raises CheckpointError where a file has shrunk since its header was
-    read.
+    A layer's attribute STORED names those that have a type of their own. `tensors` are those that `check_tensors` let pass,
+    or some of them: the rest stays as it is. Raises CheckpointError where a file has shrunk since its header was read.
     """
     homes = module.state_dict(keep_vars=True)
     piece = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
@@ -50,8 +50,9 @@ def fill(module: nn.Module, tensors: Mapping[str, StoredTensor], dtype: torch.dt
                     trainable = isinstance(homes[name], nn.Parameter)
                     filled[id(homes[name])] = nn.Parameter(weight, requires_grad=False) if trainable else weight
     for name, home in homes.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(module.get_submodule(owner), leaf, filled[id(home)])
+        if id(home) in filled:
+            owner, _, leaf = name.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, filled[id(home)])
 
 
 def check_tensors(module: nn.Module, tensors: Mapping[str, StoredTensor], source: str) -> None:

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ltx_batch.model.checkpoint import TextLoader, TextParts
-from ltx_batch.model.expected import Reading
+from ltx_batch.model.checkpoint import TextLoader
 from ltx_batch.model.guests import Streamed
 from ltx_batch.model.text_key import MAX_TOKENS, as_encoded
 
@@ -45,12 +42,6 @@ class Text:
 
     def to(self, device: torch.device) -> Text:
         return Text(self.embeds.to(device), self.mask.to(device))
-
-
-def find_text(folder: Path, dtype: str, reading: Reading = nullcontext) -> TextParts:
-    """The text encoder and tokenizer below `folder`, to be held in the dtype of that name; `reading` is entered whenever
-    files are read. Raises CheckpointError."""
-    return TextParts.find(folder, getattr(torch, dtype), reading)
 
 
 class TextEncoder:

@@ -88,7 +88,7 @@ def test_several_files_without_an_index_are_refused(folder: Path, tmp_path: Path
 
 def test_a_file_that_shrinks_while_it_is_read_is_told(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
-    parts = TextParts.find(copy, torch.float32)
+    parts = TextParts.find(copy, "float32")
     file = copy / "text_encoder" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="ended while it was read: did something write to it"):

@@ -21,10 +21,11 @@ from ltx_batch.driver import RunOptions, encode, run
 from ltx_batch.errors import CheckpointError, EmbeddingMissing, JobError
 from ltx_batch.job import JobSpec
 from ltx_batch.model import turns
+from ltx_batch.model.checkpoint import TextParts
 from ltx_batch.model.memory import GIB
 from ltx_batch.model.noise import row_noise
 from ltx_batch.model.pipeline import Row, Stopwatch
-from ltx_batch.model.text import Text, TextEncoder, find_text
+from ltx_batch.model.text import Text, TextEncoder
 from ltx_batch.model.text_cache import TextCache
 from ltx_batch.model.text_key import TextIdentity
 from ltx_batch.model.text_source import TextSource
@@ -48,7 +49,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(tiny: Path) -> TextEncoder:
-    return TextEncoder.load(find_text(tiny, "float32"), CPU)
+    return TextEncoder.load(TextParts.find(tiny, "float32"), CPU)
 
 
 def one(renderer: LtxRenderer, **changes: Any) -> Clip:
@@ -198,7 +199,7 @@ def rest() -> Rest:
 def own(tiny: Path) -> TextEncoder:
     """One for a test of its own, which it may send to and fro; loaded where renders load it, in the midst of inference."""
     with torch.inference_mode():
-        return TextEncoder.load(find_text(tiny, "float32"), CPU)
+        return TextEncoder.load(TextParts.find(tiny, "float32"), CPU)
 
 
 def make_turns(encoder: TextEncoder, rest: Rest, free: list[int], patch: pytest.MonkeyPatch, **more: Any) -> Turns:

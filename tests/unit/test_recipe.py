@@ -63,6 +63,11 @@ def test_auto_keeps_what_may_yet_count() -> None:
     assert recipe(llm_int8_threshold=6.0, hadamard_group=0)["llm_int8_threshold"] == 6.0
 
 
+def test_the_text_encoders_precision_counts_where_it_is_asked_for() -> None:
+    assert recipe(text_precision="auto") == recipe()
+    assert recipe(text_precision="int8") == {**recipe(), "text_precision": "int8"}
+
+
 def test_a_kernel_of_attention_counts_where_it_is_asked_for() -> None:
     plain, auto, native, sage = (
         recipe(**({"attention": name} if name else {})) for name in ("", "auto", "native", "sage")

@@ -33,11 +33,10 @@ def quantize_model(
     check_plain(model)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     table = policy.table(layers, blocks=blocks)
-    make = _maker(policy, device)
     before_bytes = stored_bytes(model)
     for name, becomes in table.items():
         if becomes == policy.quantize:
-            put(model, name, make(layers[name]))
+            put(model, name, make_layer(layers[name], policy, device))
             del layers[name]  # so that never more than one layer is there twice
     return {**told(policy, table, blocks=blocks), "saved_bytes": before_bytes - stored_bytes(model)}
 
@@ -104,11 +103,12 @@ def stored_bytes(model: nn.Module, device: torch.device | None = None) -> int:
     return sum(t.numel() * t.element_size() for t in held if device is None or t.device.type == device.type)
 
 
-def _maker(policy: Precision, device: torch.device) -> Callable[[nn.Linear], nn.Module]:
+def make_layer(layer: nn.Linear, policy: Precision, device: torch.device) -> nn.Module:
+    """`layer` as the policy quantises it, on `device`."""
     makers: dict[str, Callable[[nn.Linear], nn.Module]] = {
         "int8": partial(Int8Linear.of, device=device, hadamard_group=policy.hadamard_group),
         "int8-weight": partial(Int8WeightLinear.of, device=device),
         "fp8": partial(Fp8Linear.of, device=device),
         "bnb-int8": partial(bnb.quantized, threshold=policy.threshold, device=device),
     }
-    return makers[policy.quantize or ""]
+    return makers[policy.quantize or ""](layer)
