@@ -13,7 +13,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from ltx_batch.model.checkpoint import Checkpoint
+from ltx_batch.model.part import Part
+from ltx_batch.model.quantize.by_block import quantize_by_block
+from ltx_batch.model.quantize.policy import Precision
 from ltx_batch.model.sigmas import SchedulerConfig
+from ltx_batch.model.sizes import text_bytes
+from ltx_batch.model.text_precision import BLOCKS, text_policy
+from ltx_batch.tensor_file import StoredTensor
 
 _STD = 0.02  # small enough that nothing overflows, large enough that nothing is zero
 
@@ -65,24 +71,42 @@ _TINY: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class RandomText:
-    """A text encoder that is made when it is asked for."""
+    """A text encoder that is made when it is asked for: as `TextParts`, with numbers that are drawn and not read. `device`
+    is where it is quantised."""
 
     config: T5Config
-    dtype: torch.dtype
+    policy: Precision
     tokenizer: Any
+    device: torch.device
 
     @property
     def precision(self) -> str:
-        return {torch.float32: "fp32", torch.bfloat16: "bf16"}[self.dtype]
+        return self.policy.name
 
     @property
     def weights_bytes(self) -> int:
-        with torch.device("meta"):
-            model = T5EncoderModel(self.config)
-        return sum(parameter.numel() for parameter in model.parameters()) * self.dtype.itemsize
+        tensors = {
+            name: StoredTensor("", "BF16", tuple(one.shape), 0) for name, one in self._built().state_dict().items()
+        }
+        return text_bytes(Part("random", self.config.to_dict(), tensors), self.policy)
 
-    def load(self, device: torch.device) -> Any:
-        model = make(lambda: T5EncoderModel(self.config), self.dtype, device)
+    def load(self, home: torch.device) -> Any:
+        model = self._built()
+        if self.policy.quantize is None:
+            return drawn(model, home)
+
+        def fill(name: str) -> None:
+            if name:
+                drawn(model.get_submodule(name), self.device)
+            else:
+                for part in (model.shared, model.encoder.final_layer_norm):
+                    drawn(part, home)
+
+        quantize_by_block(model, self.policy, self.device, blocks=BLOCKS, home=home, fill=fill)
+        return model.eval().requires_grad_(False)
+
+    def _built(self) -> Any:
+        model = on_meta(lambda: T5EncoderModel(self.config), getattr(torch, self.policy.dtype))
         model.set_input_embeddings(model.shared)  # one matrix, as in the real one
         return model
 
@@ -95,7 +119,7 @@ def random_parts(name: str, dtype: torch.dtype, device: torch.device, *, seed: i
     return Checkpoint(
         transformer=make(lambda: LTXVideoTransformer3DModel(**transformer), dtype, device),
         vae=make(lambda: AutoencoderKLLTXVideo(**{**VAE, **tiny.get("vae", {})}), dtype, device),
-        text=random_text(name, dtype),
+        text=random_text(name, dtype, device),
         scheduler=SchedulerConfig(),
         latent_upsampler=make(
             lambda: LTXLatentUpsamplerModel(**{**UPSAMPLER, **tiny.get("upsampler", {})}), dtype, device
@@ -103,22 +127,32 @@ def random_parts(name: str, dtype: torch.dtype, device: torch.device, *, seed: i
     )
 
 
-def random_text(name: str, dtype: torch.dtype) -> RandomText:
-    """T5-XXL, or for `tiny` one without its size."""
+def random_text(name: str, dtype: torch.dtype, device: torch.device, *, precision: str = "auto") -> RandomText:
+    """T5-XXL, or for `tiny` one without its size; `precision` is as of `text_policy`."""
     sizes = T5_XXL | (_TINY["t5"] if name == "tiny" else {})
-    return RandomText(T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **sizes), dtype, byte_tokenizer())
+    policy = text_policy(precision, "float32" if dtype == torch.float32 else "bfloat16", device.type)
+    config = T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **sizes)
+    return RandomText(config, policy, byte_tokenizer(), device)
 
 
-@torch.no_grad()
 def make(build: Any, dtype: torch.dtype, device: torch.device) -> Any:
-    """Built without memory, then filled on the device: matrices and kernels drawn, scales one, biases zero."""
+    """Built without memory, then filled on the device."""
+    return drawn(on_meta(build, dtype), device)
+
+
+def on_meta(build: Any, dtype: torch.dtype) -> Any:
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            model: nn.Module = build()
+            return build()
     finally:
         torch.set_default_dtype(usual)
+
+
+@torch.no_grad()
+def drawn(model: nn.Module, device: torch.device) -> Any:
+    """Matrices and kernels drawn, scales one, biases zero, on the device."""
     model = model.to_empty(device=device).eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:

@@ -41,12 +41,11 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.cold_start import measure_starts  # noqa: E402
 from benchmarks.device_memory import DriverMemory  # noqa: E402
 from benchmarks.int8_bench import Bench  # noqa: E402
-from benchmarks.random_model import RandomText, random_text  # noqa: E402
-from benchmarks.render_bench import CPU, GIB, Measured, Size, Subject, make_subject  # noqa: E402
+from benchmarks.random_model import random_text  # noqa: E402
+from benchmarks.render_bench import GIB, Measured, Size, Subject, make_subject  # noqa: E402
 from ltx_batch.model.device import device_name, pick_device  # noqa: E402
 from ltx_batch.model.placement import Strain  # noqa: E402
 from ltx_batch.model.quantize.policy import Precision, precision  # noqa: E402
-from ltx_batch.model.quantize.swap import quantize_model, stored_bytes  # noqa: E402
 
 HD: Size = (704, 1216, 121)
 UHD: Size = (2160, 3840, 33)
@@ -55,7 +54,6 @@ CLAIMS: dict[str, Size] = {"13b_1080p_fps": (1088, 1920, 121), "2b_720p_fps": (7
 TINY: dict[Size, Size] = {HD: (128, 192, 9), UHD: (192, 256, 9), **dict.fromkeys(CLAIMS.values(), (128, 192, 9))}
 TINY_SHARE = 400  # a tiny model is cramped in such a part of a GPU
 SLICE_BYTES = GIB  # of a decode that takes less than the second pass does
-T5_BLOCKS = "encoder.block"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,36 +143,15 @@ def memory(renders: Renders, verb: str) -> None:
 
 def prompt(renders: Renders, verb: str) -> None:
     """From the prompt, with T5-XXL in int8, within 8 GiB: seconds by phase. The text encoder comes for every prompt."""
-    text = _QuantizedText.of(renders)
+    bench = renders.bench
+    dtype = getattr(torch, bench.policy.dtype)
+    text = random_text("tiny" if bench.tiny else "13b", dtype, bench.device, precision="int8")
     subject = renders.subject("13b", text=text, at_home=False, memory_gib=8.0)
     found = subject.measure(renders.size(HD), 1)
     encoder = subject.pipeline.text_told()["place"]
     more = {"limit_gib": 8, "text_gib": round(text.weights_bytes / GIB, 2), "text_encoder": encoder}
     renders.report("prompt_to_video_8gib", found.seconds, "s", found, **more)
     subject.close()
-
-
-@dataclass(frozen=True, slots=True)
-class _QuantizedText:
-    """A text encoder whose linear layers are quantised, made once; it waits in host memory."""
-
-    model: Any
-    tokenizer: Any
-
-    @classmethod
-    def of(cls, renders: Renders) -> _QuantizedText:
-        device, policy = renders.bench.device, renders.bench.policy
-        plain: RandomText = random_text("tiny" if renders.bench.tiny else "13b", getattr(torch, policy.dtype))
-        model = plain.load(device)
-        quantize_model(model, policy, device, blocks=T5_BLOCKS)
-        return cls(model.to(CPU), plain.tokenizer)
-
-    @property
-    def weights_bytes(self) -> int:
-        return stored_bytes(self.model)
-
-    def load(self, device: torch.device) -> Any:
-        return self.model.to(device)
 
 
 def sharded(renders: Renders, verb: str) -> None:
