@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from official_file import RELEASES, write_official_file
 from transformers import T5Config, T5EncoderModel
+from typer.testing import CliRunner
 
 from ltx_batch import RenderRequest, load_renderer
+from ltx_batch.cli import app
 from ltx_batch.errors import PrecisionError
 from ltx_batch.model import streaming
 from ltx_batch.model.checkpoint import TextParts
+from ltx_batch.model.quantize.convert import convert_checkpoint
+from ltx_batch.model.quantize.policy import precision as make_policy
 from ltx_batch.model.quantize.swap import is_quantized, stored_bytes
 from ltx_batch.model.text import TextEncoder
 from ltx_batch.model.text_precision import embedding_precision, text_policy
@@ -119,3 +125,50 @@ def test_names() -> None:
     assert len({embedding_precision(name, dtype) for name in ("int8", "fp8") for dtype in ("float32", "bfloat16")}) == 4
     with pytest.raises(PrecisionError, match="did you mean int8"):
         text_policy("int9", "bfloat16", "cuda")
+
+
+# the verb
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-weight", "fp8", "bnb-int8"])
+def test_a_text_encoder_in_files_encodes_what_its_source_does(folder: Path, tmp_path: Path, name: str) -> None:
+    told = quantize(folder, tmp_path / "made", "--text-precision", name)
+    expected = TextParts.find(folder, "bfloat16", precision=name)
+    found = TextParts.find(tmp_path / "made", "bfloat16")
+    stored = found.part.stored
+    assert stored is not None and (stored.name, stored.skip, stored.keep_blocks) == (name, ("wo",), 0)
+    assert [len(sha256) for sha256 in stored.source.values()] == [64, 64]  # weights and config
+    assert told["text_bytes"] == (tmp_path / "made" / "text_encoder" / "model.safetensors").stat().st_size
+    assert found.policy == expected.policy and found.weights_bytes >= expected.weights_bytes
+    one, other = (TextEncoder.load(parts, CPU).encode("a red circle") for parts in (expected, found))
+    assert torch.equal(one, other) and found.part.tensors.keys().isdisjoint({"encoder.embed_tokens.weight"})
+
+
+def test_a_single_file_gets_the_text_encoder_that_is_named(folder: Path, tmp_path: Path) -> None:
+    sizes = {"num_attention_heads": 32, "attention_head_dim": 2, "cross_attention_dim": 64, "caption_channels": 64}
+    release = RELEASES["0.9.8"]
+    source = write_tiny_checkpoint(tmp_path / "a", transformer=sizes, vae=release.vae, scheduler=release.scheduler)
+    file = write_official_file(source, tmp_path / "official.safetensors", "0.9.8")
+    quantize(file, tmp_path / "made", "--text-precision", "int8", "--text-encoder", folder)
+    renderer = load_renderer(str(tmp_path / "made"), device="cpu")
+    clip = renderer.render([REQUEST])[0]
+    assert (clip.ran["precision"], clip.ran["text_precision"]) == ("int8", "int8")
+
+
+def test_it_is_not_rounded_twice_nor_left_as_it_is(folder: Path, tmp_path: Path) -> None:
+    quantize(folder, tmp_path / "made", "--text-precision", "int8")
+    with pytest.raises(PrecisionError, match="quantised already, and cannot be used with precision 'fp8'"):
+        TextParts.find(tmp_path / "made", "float32", precision="fp8")
+    for place, name, match in (
+        (tmp_path / "made", "int8", "quantised already, as int8"),
+        (folder, "bf16", "bf16 quantises no text encoder"),
+    ):
+        text = TextParts.find(place, "bfloat16", precision=name)
+        with pytest.raises(PrecisionError, match=match):
+            convert_checkpoint(folder, tmp_path / "other", make_policy("int8", "cuda"), {}, CPU, text=text)
+    assert not (tmp_path / "other").exists()
+
+
+def quantize(*words: str | Path) -> dict[str, Any]:
+    done = CliRunner().invoke(app, ["quantize", *map(str, words), "--device", "cpu", "--json"], catch_exceptions=False)
+    return json.loads(done.stdout.splitlines()[-1])

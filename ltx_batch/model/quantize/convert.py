@@ -6,18 +6,19 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from ltx_batch.errors import CheckpointError, PrecisionError
-from ltx_batch.model.checkpoint import build
+from ltx_batch.model.checkpoint import TextParts, build
 from ltx_batch.model.fetch import SCHEDULER_FILE
-from ltx_batch.model.part import Part, Parts
+from ltx_batch.model.part import KINDS, Part, Parts
 from ltx_batch.model.parts import open_checkpoint
 from ltx_batch.model.quantize.policy import Precision
 from ltx_batch.model.quantize.saved import WEIGHTS, save_model, write_tensors
@@ -25,6 +26,7 @@ from ltx_batch.model.quantize.swap import quantize_model
 from ltx_batch.model.streaming import fill
 
 _CPU = torch.device("cpu")
+_TEXT_WEIGHTS = "model.safetensors"  # as transformers names them
 _DTYPES = {"F32": torch.float32, "F16": torch.float16}  # everything else becomes bf16
 
 
@@ -36,11 +38,14 @@ def convert_checkpoint(
     device: torch.device,
     *,
     upsampler: Path | None = None,
+    text: TextParts | None = None,
+    text_source: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Write `folder`, in diffusers' layout, from the checkpoint at `place`, a folder or an official single file.
 
     The transformer is quantised on `device`, a layer at a time; other parts are the checkpoint's own, linked where the disk
-    allows it. `source` is {file: sha256} of the checkpoint. Returns counts and bytes. Raises CheckpointError where there is
+    allows it. With `text`, which is to be quantised, that text encoder is written too, beside its tokenizer, in bf16 where it
+    is not. `source` and `text_source` are {file: sha256} of what they are made from. Returns counts and bytes. Raises CheckpointError where there is
     something at `folder`, PrecisionError where there is nothing to quantise or it has been done.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -50,12 +55,32 @@ def convert_checkpoint(
     parts = open_checkpoint(place, upsampler=upsampler)
     if parts.transformer.stored is not None:
         raise PrecisionError(f"{place} is quantised already, as {parts.transformer.stored.name}: name the original")
+    if text is not None:
+        _check_text(text)
     told = _write_transformer(parts, folder / "transformer", policy, source, device)
+    made = ["transformer"]
+    if text is not None:
+        told |= _write_text(text, folder, text_source)
+        made += ["text_encoder", "tokenizer"]
     if place.is_dir():
-        _link_all(place, folder)
+        _link_all(place, folder, but=made)
     else:
         _write_others(parts, folder)
     return told
+
+
+def _check_text(text: TextParts) -> None:
+    if text.part.stored is not None:
+        raise PrecisionError(f"{text.part.source} is quantised already, as {text.part.stored.name}: leave it as it is")
+    if text.policy.quantize is None:
+        raise PrecisionError(f"{text.precision} quantises no text encoder; choose int8, int8-weight, fp8 or bnb-int8")
+
+
+def _write_text(text: TextParts, folder: Path, source: Mapping[str, str]) -> dict[str, Any]:
+    config = {**text.part.config, "architectures": [KINDS["text_encoder"]]}
+    save_model(text.load(_CPU), config, text.policy, folder / "text_encoder", source, weights=_TEXT_WEIGHTS)
+    shutil.copytree(text.folder / "tokenizer", folder / "tokenizer", copy_function=_link)
+    return {"text_precision": text.precision, "text_bytes": (folder / "text_encoder" / _TEXT_WEIGHTS).stat().st_size}
 
 
 def _write_transformer(
@@ -94,10 +119,10 @@ def _load(name: str, part: Part) -> Any:
     return model
 
 
-def _link_all(place: Path, folder: Path) -> None:
-    """Everything but the transformer, without a second copy where both lie on one disk."""
+def _link_all(place: Path, folder: Path, *, but: Sequence[str]) -> None:
+    """Everything else, without a second copy where both lie on one disk."""
     for entry in place.iterdir():
-        if entry.is_dir() and entry.name != "transformer":
+        if entry.is_dir() and entry.name not in but:
             shutil.copytree(entry, folder / entry.name, copy_function=_link)
         elif entry.is_file():
             _link(str(entry), str(folder / entry.name))

@@ -50,18 +50,26 @@ def finish_bitsandbytes(model: nn.Module, threshold: float, device: torch.device
 
 
 def save_model(
-    model: Any, config: Mapping[str, Any], policy: Precision, folder: Path, source: Mapping[str, str]
+    model: Any,
+    config: Mapping[str, Any],
+    policy: Precision,
+    folder: Path,
+    source: Mapping[str, str],
+    *,
+    weights: str = WEIGHTS,
 ) -> None:
-    """Write config.json and weights of a quantised model to `folder`; `source` is {file: sha256} of what it was made from.
+    """Write config.json and `weights` of a quantised model to `folder`; `source` is {file: sha256} of what it was made from.
 
-    bitsandbytes' layers are written as diffusers does, which reads them too.
+    bitsandbytes' layers are written as diffusers does, which reads them too. Of tied weights the first name is written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    held = model.state_dict(keep_vars=True)
+    names = {id(tensor): name for name, tensor in reversed(held.items())}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in held.items() if names[id(tensor)] == name}
     for name, layer in model.named_modules():
         if bnb.is_quantized(layer):
             tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in bnb.saved(layer).items()}
-    write_tensors(tensors, folder / WEIGHTS, Stored.of(policy, source).metadata())
+    write_tensors(tensors, folder / weights, Stored.of(policy, source).metadata())
     if policy.quantize == "bnb-int8":
         config = {**config, "quantization_config": _for_diffusers(model, policy)}
     (folder / "config.json").write_text(json.dumps(dict(config), indent=2, sort_keys=True) + "\n")
