@@ -36,7 +36,7 @@ def quantize(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda: where weights are rounded.")] = "auto",
     as_json: AsJson = False,
 ) -> int:
-    """Write a checkpoint with its transformer quantised, and its text encoder where asked. With the other parts, to a folder that loads as it is."""
+    """Write a checkpoint with its transformer quantised. With the other parts, to a folder that loads as it is."""
     from ltx_batch.model.checkpoint import TextParts
     from ltx_batch.model.device import pick_device
     from ltx_batch.model.fetch import checkpoint_files, file_hash
