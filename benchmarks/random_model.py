@@ -17,7 +17,7 @@ from ltx_batch.model.part import Part
 from ltx_batch.model.quantize.by_block import quantize_by_block
 from ltx_batch.model.quantize.policy import Precision
 from ltx_batch.model.sigmas import SchedulerConfig
-from ltx_batch.model.sizes import text_bytes
+from ltx_batch.model.sizes import text_sizes
 from ltx_batch.model.text_precision import BLOCKS, text_policy
 from ltx_batch.tensor_file import StoredTensor
 
@@ -88,7 +88,7 @@ class RandomText:
         tensors = {
             name: StoredTensor("", "BF16", tuple(one.shape), 0) for name, one in self._built().state_dict().items()
         }
-        return text_bytes(Part("random", self.config.to_dict(), tensors), self.policy)
+        return text_sizes(Part("random", self.config.to_dict(), tensors), self.policy).whole_bytes
 
     def load(self, home: torch.device) -> Any:
         model = self._built()

@@ -18,13 +18,16 @@ from ltx_batch.model.frames import MediaProbe
 from ltx_batch.model.hub import cached_file
 from ltx_batch.model.layers import transformer_layers
 from ltx_batch.model.memory import ModelSizes
+from ltx_batch.model.part import read_component
 from ltx_batch.model.parts import open_checkpoint
 from ltx_batch.model.pipeline_config import PipelineConfig, absent_block, load_pipeline_config
 from ltx_batch.model.plan import Plan, plan_request
 from ltx_batch.model.quantize import policy
+from ltx_batch.model.room import TextSizes
 from ltx_batch.model.sigmas import SchedulerConfig
-from ltx_batch.model.sizes import sizes_of
+from ltx_batch.model.sizes import sizes_of, text_sizes
 from ltx_batch.model.sources import find_sources
+from ltx_batch.model.text_precision import text_policy
 from ltx_batch.renderer import resolve_checkpoint, resolve_precision
 from ltx_batch.request import RenderRequest
 from ltx_batch.storage import is_local_uri
@@ -193,6 +196,26 @@ def _local_file(name: str, file: str) -> Path | None:
         return cached_file(place.repo, place.revision, file)
     path = None if isinstance(place, CheckpointError) else _path(place) / file
     return path if path is not None and path.is_file() else None
+
+
+def text_sizes_of(model: ModelSpec, number_bytes: int, options: Options = None) -> TextSizes:
+    """How large the job's text encoder is beside a transformer whose unquantised numbers take so many bytes, from headers.
+
+    Raises CheckpointError where its files are not on this machine, or are not what they should be.
+    """
+    sources, _ = find_sources(
+        resolve_checkpoint(model.checkpoint or ""),
+        pipeline_config=model.pipeline_config,
+        text_encoder=None if model.text_encoder is None else resolve_checkpoint(model.text_encoder),
+        options=options,
+    )
+    named = sources.text_encoder or sources.checkpoint
+    config = _local_file(named, "text_encoder/config.json")
+    if config is None:
+        raise CheckpointError(f"{named} is not on this machine")
+    part = read_component(config.parent, "text_encoder")
+    device, dtype = "cpu" if model.device == "cpu" else "cuda", "float32" if number_bytes == 4 else "bfloat16"
+    return text_sizes(part, text_policy(model.text_precision, dtype, device, part.stored))  # type: ignore[arg-type]
 
 
 def model_sizes(model: ModelSpec, options: Options = None) -> ModelSizes:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ltx_batch.admission import Admission
 from ltx_batch.errors import CheckpointError, InvalidRow, RowIssue, job_issue
-from ltx_batch.foresight import foresee, model_sizes
+from ltx_batch.foresight import foresee, model_sizes, text_sizes_of
 from ltx_batch.job import JobSpec, ModelSpec
 from ltx_batch.ledger import Ledger
 from ltx_batch.manifest import COLUMNS, Manifest
@@ -24,6 +24,7 @@ from ltx_batch.manifest.rules import check
 from ltx_batch.model.forecast import Forecast, forecast, room_of
 from ltx_batch.model.memory import ModelSizes, Work
 from ltx_batch.model.plan import Doubt, Plan
+from ltx_batch.model.room import TextSizes
 from ltx_batch.recipe import job_precision, make_recipe, run_id, with_precision
 from ltx_batch.request import RenderRequest
 from ltx_batch.tally import Tally
@@ -115,6 +116,7 @@ def make_plan(job: JobSpec) -> JobPlan:
     survey = _survey(job, manifest, lookup)
     found = _compare(job, manifest, ledger, survey, lookup)
     sizes, unsized = _sizes(job.model, job.storage.options)
+    text, unread = _text_sizes(job, sizes)
     known, invalid = found.new is not None, survey.invalid + found.unusable
     new = found.new or Counter()
     return JobPlan(
@@ -122,11 +124,11 @@ def make_plan(job: JobSpec) -> JobPlan:
         done=found.done if known else None,
         failed=found.failed if known else None,
         invalid=invalid,
-        shapes=tuple(_with_memory(job, sizes, survey, _with_new(survey.rows, new if known else None))),
+        shapes=tuple(_with_memory(job, sizes, text, survey, _with_new(survey.rows, new if known else None))),
         estimate=_estimate(job, ledger, found.recipe, new) if known else Estimate(note=found.note),
         other_rows=survey.other_rows,
         note=found.note,
-        warnings=(*seen.errors, *seen.unchecked, *seen.assumed, *unsized),
+        warnings=(*seen.errors, *seen.unchecked, *seen.assumed, *unsized, *unread),
     )
 
 
@@ -230,7 +232,19 @@ def _sizes(model: ModelSpec, options: Mapping[str, Any]) -> tuple[ModelSizes | N
         return None, [job_issue("model.checkpoint", model.checkpoint, f"memory is not told: {error}")]
 
 
-def _with_memory(job: JobSpec, sizes: ModelSizes | None, survey: _Survey, shapes: Iterator[Shape]) -> Iterator[Shape]:
+def _text_sizes(job: JobSpec, sizes: ModelSizes | None) -> tuple[TextSizes | None, list[RowIssue]]:
+    """How large the text encoder is, where each worker has one; or why that is not known."""
+    if sizes is None or job.text != "inline":
+        return None, []
+    try:
+        return text_sizes_of(job.model, sizes.number_bytes, job.storage.options), []
+    except CheckpointError as error:
+        return None, [job_issue("model.text_encoder", job.model.text_encoder, f"its memory is not told: {error}")]
+
+
+def _with_memory(
+    job: JobSpec, sizes: ModelSizes | None, text: TextSizes | None, survey: _Survey, shapes: Iterator[Shape]
+) -> Iterator[Shape]:
     """What each shape takes of a GPU, where one is asked for and the checkpoint is on this machine."""
     model = job.model
     if sizes is None:
@@ -239,7 +253,7 @@ def _with_memory(job: JobSpec, sizes: ModelSizes | None, survey: _Survey, shapes
     room = room_of(model.device_memory_gib, max(1, int(job.worker.num_gpus or 1)))
     for shape in shapes:
         work = survey.works[(shape.height, shape.width, shape.num_frames), shape.passes]
-        yield replace(shape, memory=forecast(sizes, work, room, model.placement))
+        yield replace(shape, memory=forecast(sizes, work, room, model.placement, text))
 
 
 def _size(request: RenderRequest) -> Size:

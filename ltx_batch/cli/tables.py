@@ -79,7 +79,10 @@ def _took(shape: Shape, memory: Forecast) -> str:
     if memory.placement is None:
         return f"{size}: {wanted}; model.device_memory_gib says what the GPUs have"
     doubt = "" if memory.fits else "; it may not fit"
-    return f"{size}: {wanted}; {memory.placement}, {memory.reason}{doubt}"
+    text = ""
+    if memory.text is not None and memory.peak_bytes is not None:
+        text = f"; the text encoder {memory.text}; {memory.peak_bytes / GIB:.1f} GiB in all at the peak"
+    return f"{size}: {wanted}; {memory.placement}, {memory.reason}{doubt}{text}"
 
 
 def _estimated(estimate: Estimate) -> str:

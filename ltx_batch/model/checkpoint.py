@@ -26,7 +26,7 @@ from ltx_batch.model.quantize.saved import finish_bitsandbytes, put_blanks
 from ltx_batch.model.quantize.stored import Stored
 from ltx_batch.model.quantize.swap import check_device
 from ltx_batch.model.sigmas import SchedulerConfig
-from ltx_batch.model.sizes import text_bytes
+from ltx_batch.model.sizes import text_sizes
 from ltx_batch.model.streaming import check_tensors, fill
 from ltx_batch.model.text_precision import BLOCKS, DType, text_policy
 from ltx_batch.tensor_file import StoredTensor
@@ -119,7 +119,7 @@ class TextParts:
 
     @property
     def weights_bytes(self) -> int:
-        return text_bytes(self.part, self.policy)
+        return text_sizes(self.part, self.policy).whole_bytes
 
     def load(self, device: torch.device = _CPU) -> Any:
         """The encoder as its policy says. Raises CheckpointError."""

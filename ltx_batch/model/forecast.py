@@ -6,13 +6,16 @@ from dataclasses import dataclass
 
 from ltx_batch.model import cards
 from ltx_batch.model.memory import CONTEXT_BYTES, GIB, ModelSizes, Work
-from ltx_batch.model.placement import Room, decide, needs
+from ltx_batch.model.placement import Room, decide, first_mode, needs
+from ltx_batch.model.room import TextSizes, foresee_stay
 
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
     """Predicted bytes with every part in place, and the least that it can be done with, without a process's context.
     `placement` is how it will be rendered on the cards that there are, and `reason` why; None where those are not known.
+    `text` says where the text encoder will be, None where workers have none; `peak_bytes` counts it, as far as it is there.
+    The first two do not.
     """
 
     resident_bytes: int
@@ -20,15 +23,24 @@ class Forecast:
     placement: str | None = None
     reason: str | None = None
     fits: bool | None = None
+    text: str | None = None
+    peak_bytes: int | None = None
 
 
-def forecast(sizes: ModelSizes, work: Work, room: Room | None, asked: str) -> Forecast:
-    """`room` None: nobody knows the cards."""
+def forecast(sizes: ModelSizes, work: Work, room: Room | None, asked: str, text: TextSizes | None = None) -> Forecast:
+    """`room` None: nobody knows the cards. `text` None: workers have no text encoder."""
     resident, least = needs(sizes, work)
     if room is None:
         return Forecast(resident, least)
     placement = decide(sizes, work, room, asked)
-    return Forecast(resident, least, placement.mode, placement.reason, placement.fits)
+    told, peak = None, placement.peak_bytes
+    if text is not None and room.bytes is not None:
+        held = sizes.weights_bytes if first_mode(sizes, room, asked) == "resident" else 0
+        away = decide(sizes, work, room, "offload") if asked in ("auto", "offload") else None
+        stay = foresee_stay(text, room.bytes, held, peak, None if away is None else away.peak_bytes)
+        told, peak = stay.told, stay.peak_bytes
+        placement = away if stay.others_leave and away is not None else placement
+    return Forecast(resident, least, placement.mode, placement.reason, placement.fits, told, peak)
 
 
 def room_of(memory_gib: float | None, num_gpus: int) -> Room | None:

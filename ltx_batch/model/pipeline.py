@@ -104,9 +104,9 @@ class LtxPipeline:
         text_cache: TextCache | None = None,
     ) -> None:
         """Takes `parts` over: they are quantised as `policy` says and lie at `home`, by default on the device, until the
-        first plan and `placement` decide how they live. `memory_gib` is what may be used of the device. `unquantised` loads the transformer as it was before, into host
-        memory. `text_missed` is
-        what to raise when parts have no text encoder and one is asked for."""
+        first plan and `placement` decide how they live. `memory_gib` is what may be used of the device. `unquantised`
+        loads the transformer as it was before, into host memory. `text_missed` is what to raise when parts have no text
+        encoder and one is asked for."""
         if policy.name == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in the VAE's convolutions too
         home = home or device
@@ -214,7 +214,7 @@ class LtxPipeline:
 
     def text_told(self) -> dict[str, Any]:
         """Where the embeddings came from since this was last asked, and where the encoder is and why."""
-        return {**self.text.taken(), "place": "no text encoder" if self.turns is None else self.turns.told}
+        return {**self.text.taken(), "place": "no text encoder" if self.turns is None else self.turns.tell()}
 
     def _make_room(self, work: Work) -> None:
         """The text encoder has done its part: it leaves the device where the others want its place."""
@@ -224,11 +224,15 @@ class LtxPipeline:
 
     def _room(self) -> Room:
         """What all parts together may use, of each GPU."""
-        text = 0 if self.turns is None else self.turns.held_bytes
-        first = gpus(self.device)[0]
+        text, first = self._text_bytes, gpus(self.device)[0]
         return room(
             self.device, self._memory_gib, lambda gpu: self.lodging.held_on(gpu) + (text if gpu == first else 0)
         )
+
+    @property
+    def _text_bytes(self) -> int:
+        """What the text encoder takes of the device now."""
+        return 0 if self.turns is None else self.turns.held_bytes
 
     def _pass(
         self,
@@ -352,14 +356,15 @@ class LtxPipeline:
     def _spare_bytes(self, placement: Placement, chunk_tokens: int | None) -> int | None:
         """Of the device, beside all that the placement foresees; None where the transformer does not stay on it whole."""
         here = self._room() if self.lodging.mode == "resident" and chunk_tokens is None else Room()
-        return None if here.bytes is None else here.usable[0] - placement.peak_bytes
+        return None if here.bytes is None else here.usable[0] - placement.peak_bytes - self._text_bytes
 
     def _tell(self, placement: Placement) -> None:
+        peak_bytes = placement.peak_bytes if self.turns is None else self.turns.peak_bytes(placement.peak_bytes)
         self.ran |= {
             "attention": self.attention.taken(),
             "tiling": str(placement.decode_slices) if placement.decode_slices else False,
             "degraded": placement.degraded or "unquantised" in self.ran,
-            "placement": placement.ran,
+            "placement": {**placement.ran, "predicted_peak_bytes": peak_bytes},
         }
         if self.placing.told:
             self.ran["out_of_memory"] = list(self.placing.told)
@@ -368,16 +373,8 @@ class LtxPipeline:
         """Give the memory back."""
         if self.turns is not None:
             self.turns.close()
-        del (
-            self._graphs,
-            self.transformer,
-            self.loras,
-            self.vae,
-            self.text,
-            self.latent_upsampler,
-            self.lodging,
-            self.placing,
-        )
+        del self._graphs, self.transformer, self.loras, self.vae
+        del self.text, self.latent_upsampler, self.lodging, self.placing
         gc.collect()
         give_back(self.device)
 

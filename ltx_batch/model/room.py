@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ltx_batch.model.memory import GIB, TEXT_BYTES
+from ltx_batch.model.memory import GIB, TEXT_BYTES, USABLE
 
 STREAMED_BYTES = 2 * GIB  # T5-XXL with its blocks one by one: embeddings, two blocks in bf16, and what it computes with
+WORKING_BYTES = GIB // 10  # what T5-XXL computes with, for 256 tokens
+ADVICE = "model.text_precision int8 makes it smaller, text: stage takes it out of the workers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +20,46 @@ class Room:
 
     enough: bool
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TextSizes:
+    """Bytes of the text encoder's weights, and of those that are there while its blocks come one by one."""
+
+    whole_bytes: int
+    streamed_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextStay:
+    """Where the text encoder will be, in words, and the peak that makes of the whole: while it works, or of the render
+    with what stays of it. `others_leave`: for it to work they must, and from then on come for their stages."""
+
+    told: str
+    peak_bytes: int
+    others_leave: bool = False
+
+
+def foresee_stay(
+    text: TextSizes, free_bytes: int, others_bytes: int, peak_bytes: int, away_bytes: int | None
+) -> TextStay:
+    """What `Turns` will do. `free_bytes` is what all parts together may use; of it the others hold `others_bytes` when the
+    first text comes, and want `peak_bytes` in all for a render, or `away_bytes` once they have left; None: they cannot."""
+    left = free_bytes - others_bytes
+    whole = room_to_encode(left, text.whole_bytes)
+    leave = not whole.enough and left < STREAMED_BYTES and away_bytes is not None
+    if leave and away_bytes is not None:
+        others_bytes, left, peak_bytes = 0, free_bytes, away_bytes
+    if not whole.enough and left < STREAMED_BYTES:
+        return TextStay(f"works on the CPU: {whole.reason}; {ADVICE}", peak_bytes, leave)
+    held = text.whole_bytes if whole.enough else text.streamed_bytes
+    working = others_bytes + held + WORKING_BYTES
+    stays = room_to_render(int(USABLE * (free_bytes - held)), peak_bytes)
+    if whole.enough:
+        how = "stays on the GPU" if stays.enough else f"leaves the GPU before a render: {stays.reason}"
+    else:
+        how = f"comes block by block for each new prompt: {whole.reason}; {ADVICE}"
+    return TextStay(how, max(working, peak_bytes + (held if stays.enough else 0)), leave)
 
 
 def room_to_encode(free_bytes: int | None, encoder_bytes: int) -> Room:

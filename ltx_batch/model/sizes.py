@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 
 from ltx_batch.model.memory import ModelSizes
 from ltx_batch.model.part import Part, Parts
+from ltx_batch.model.placement import SLOTS
 from ltx_batch.model.quantize.policy import BLOCKS, Precision, matches
+from ltx_batch.model.room import TextSizes
 from ltx_batch.model.text_precision import BLOCKS as T5_BLOCKS
 from ltx_batch.tensor_file import ITEM_BYTES
 
@@ -36,13 +38,17 @@ def sizes_of(parts: Parts, policy: Precision) -> ModelSizes:
     )
 
 
-def text_bytes(part: Part, policy: Precision) -> int:
+def text_sizes(part: Part, policy: Precision) -> TextSizes:
     """Of the text encoder as that precision holds it."""
-    shapes = {name: tensor.shape for name, tensor in part.tensors.items()}
-    if "shared.weight" in shapes:
-        shapes.pop("encoder.embed_tokens.weight", None)  # the same numbers
     held = _held(part, policy, T5_BLOCKS)
-    return sum(math.prod(shape) * held(name) for name, shape in shapes.items())
+    taken: defaultdict[str, int] = defaultdict(int)
+    for name, tensor in part.tensors.items():
+        if name == "encoder.embed_tokens.weight" and "shared.weight" in part.tensors:
+            continue  # the same numbers
+        inside = name.startswith(f"{T5_BLOCKS}.")
+        taken[name.split(".")[2] if inside else ""] += math.prod(tensor.shape) * held(name)
+    rest = taken.pop("")
+    return TextSizes(rest + sum(taken.values()), rest + SLOTS * max(taken.values()))
 
 
 def _transformer_bytes(part: Part, policy: Precision) -> tuple[Mapping[int, int], int]:

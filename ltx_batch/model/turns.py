@@ -10,7 +10,7 @@ import torch
 
 from ltx_batch.model.device import free_bytes, give_back
 from ltx_batch.model.memory import USABLE
-from ltx_batch.model.room import STREAMED_BYTES, room_to_encode, room_to_render
+from ltx_batch.model.room import ADVICE, STREAMED_BYTES, WORKING_BYTES, room_to_encode, room_to_render
 from ltx_batch.model.text import TextEncoder
 
 _CPU = torch.device("cpu")
@@ -48,6 +48,7 @@ class Turns:
         self._others: Others | None = others
         self._movable = movable
         self._encoder: TextEncoder | None = None
+        self._at_work_bytes = 0
 
     @property
     def held_bytes(self) -> int:
@@ -56,6 +57,12 @@ class Turns:
 
     def encoder(self) -> TextEncoder:
         """The text encoder, where it can work. The others may have left the device for it."""
+        encoder = self._come()
+        if encoder.device == self._device and self._others is not None:
+            self._at_work_bytes = max(self._at_work_bytes, self._others.held_bytes + encoder.held_bytes + WORKING_BYTES)
+        return encoder
+
+    def _come(self) -> TextEncoder:
         if self._encoder is not None and self._encoder.device == self._device:
             return self._encoder
         assert self._others is not None
@@ -74,7 +81,7 @@ class Turns:
             self._tell(f"on the device, block by block: {room.reason}")
             self._encoder.stream(self._device)
         else:
-            self._tell(f"on the CPU: {room.reason}")
+            self._tell(f"on the CPU: {room.reason}; {ADVICE}")
         return self._encoder
 
     def let_others_work(self, peak_bytes: int) -> None:
@@ -88,6 +95,15 @@ class Turns:
             self._encoder.leave()
             give_back(self._device)
             self._tell(f"left the device: {room.reason}")
+
+    def peak_bytes(self, render_bytes: int) -> int:
+        """The peak of a render that takes so much without the encoder: with it there, or when it worked on its texts."""
+        return max(render_bytes + self.held_bytes, self._at_work_bytes)
+
+    def tell(self) -> str:
+        """Where the encoder is, and why. A render ends with it, and what comes next is another's."""
+        self._at_work_bytes = 0
+        return self.told
 
     def close(self) -> None:
         self._encoder, self._others = None, None

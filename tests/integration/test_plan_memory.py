@@ -16,6 +16,7 @@ from ltx_batch import load_renderer
 from ltx_batch.cli import main
 from ltx_batch.job import JobSpec
 from ltx_batch.model import cards
+from ltx_batch.model.checkpoint import TextParts
 from ltx_batch.model.parts import open_checkpoint
 from ltx_batch.model.quantize.policy import precision
 from ltx_batch.model.sizes import sizes_of
@@ -60,7 +61,7 @@ def test_without_cards_a_plan_tells_what_is_wanted(job: JobSpec, monkeypatch: py
     monkeypatch.setenv("PATH", "")
     (shape,) = make_plan(job).as_dict()["shapes"]
     memory = shape["memory"]
-    assert 0 < memory["least_bytes"] < memory["resident_bytes"] and memory["placement"] is None
+    assert 0 < memory["least_bytes"] <= memory["resident_bytes"] and memory["placement"] is None
 
 
 def test_a_plan_tells_the_placement_on_the_cards_that_are_named(tiny: Path, tmp_path: Path) -> None:
@@ -72,6 +73,27 @@ def test_a_plan_tells_the_placement_on_the_cards_that_are_named(tiny: Path, tmp_
     assert make_plan(job_with(tmp_path / "absent", tmp_path)).shapes[0].memory is None
 
 
+def test_a_plan_counts_the_text_encoder_where_workers_have_one(tiny: Path, tmp_path: Path) -> None:
+    def memory_of(**job: Any) -> dict[str, Any]:
+        made = job_with(tiny, tmp_path, device_memory_gib=8, **job.pop("model", {})).model_copy(update=job)
+        return dict(make_plan(made).as_dict()["shapes"][0]["memory"])
+
+    inline, staged, int8 = memory_of(), memory_of(text="stage"), memory_of(model={"text_precision": "int8"})
+    told = (
+        TextParts.find(tiny, "bfloat16").weights_bytes,
+        TextParts.find(tiny, "bfloat16", precision="int8").weights_bytes,
+    )
+    assert inline["text"] == int8["text"] == "stays on the GPU" and staged["text"] is None
+    assert inline["peak_bytes"] - int8["peak_bytes"] == told[0] - told[1] > 0
+    assert int8["peak_bytes"] > staged["peak_bytes"]
+
+
+def test_a_plan_says_where_a_text_encoder_is_missing(tiny: Path, tmp_path: Path) -> None:
+    job = job_with(tiny, tmp_path, text_encoder=str(tmp_path / "absent"))
+    said = [warning.rule for warning in make_plan(job).warnings if warning.column == "model.text_encoder"]
+    assert any("its memory is not told" in rule for rule in said)
+
+
 def test_the_drivers_tool_is_asked(job: JobSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 79000\necho 1000\n")
@@ -79,7 +101,7 @@ def test_the_drivers_tool_is_asked(job: JobSpec, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     assert cards.free_bytes() == (79_000 * 2**20, 1_000 * 2**20)
     memory = make_plan(job).shapes[0].memory
-    assert memory is not None and memory.placement == "resident" and "of 76.5 GiB" in str(memory.reason)
+    assert memory is not None and memory.placement == "resident" and "of 76.3 GiB" in str(memory.reason)
     tool.write_text("#!/bin/sh\necho no devices were found\nexit 9\n")
     assert cards.free_bytes() == ()
 
@@ -90,7 +112,7 @@ def test_people_read_it_too(job: JobSpec, tmp_path: Path, capsys: pytest.Capture
     assert main(["plan", str(path), "--set", "model.device_memory_gib=24"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "memory of 32x32, 3 frames: 0.0 GiB with every part in place" in printed
-    assert "resident, all parts and decode take 0.0 GiB of 23.4 GiB" in printed
+    assert "resident, all parts and decode take 0.0 GiB of 23.1 GiB" in printed
 
 
 def test_no_torch_is_loaded_for_it(job: JobSpec, tmp_path: Path) -> None:
