@@ -6,16 +6,13 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
 
 from ltx_batch.model.quantize import policy
 from ltx_batch.model.text_key import TextIdentity, encoder_fingerprint
 from ltx_batch.model.text_precision import embedding_precision
 from ltx_batch.renderer import local_text_encoder
 from ltx_batch.worker import WorkerPlan, open_text_store
-
-if TYPE_CHECKING:
-    from ltx_batch.model.text import TextEncoder
 
 BATCH_TEXTS = 16  # handed over at once: seconds on a CPU, so that a run drains soon
 _THREADS = 16
@@ -38,40 +35,39 @@ class TextWorker:
         job = plan.job
         os.environ["OMP_NUM_THREADS"] = str(job.worker.torch_threads)  # read when torch is first imported
         from ltx_batch.model.checkpoint import TextParts
-        from ltx_batch.model.device import pick_device, use_threads
+        from ltx_batch.model.device import limit_memory, pick_device, use_threads
+        from ltx_batch.model.text import TextEncoder
         from ltx_batch.model.text_cache import open_text_cache
+        from ltx_batch.model.turns import Nobody, Turns
 
         use_threads(job.worker.torch_threads)
-        self._device = pick_device(job.model.device)
-        dtype = policy.precision(plan.precision, self._device.type).dtype
+        device = pick_device(job.model.device)
+        if job.model.device_memory_gib is not None:
+            limit_memory(device, job.model.device_memory_gib)
+        dtype = policy.precision(plan.precision, device.type).dtype
         folder, expected = local_text_encoder(job.model, plan.recipe, job.storage.options)
         asked = job.model.text_precision
-        self._parts = TextParts.find(folder, dtype, expected.text, precision=asked, device=self._device)
+        parts = TextParts.find(folder, dtype, expected.text, precision=asked, device=device)
+        self._turns = Turns(device, partial(TextEncoder.load, parts), parts.weights_bytes, Nobody())
         store = open_text_store(job)
         assert store is not None, "a job with a text phase has a text cache"
         identity = TextIdentity(
             encoder_fingerprint(plan.recipe["checkpoint"]["files"]), embedding_precision(asked, dtype)
         )
         self._cache = open_text_cache(store, identity, job.storage.options)
-        self._encoder: TextEncoder | None = None
         self._threads = ThreadPoolExecutor(max_workers=_THREADS)
 
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Have the cache hold every one of `texts`, whole. Raises what a store says that cannot be written."""
         found = self._threads.map(self._cache.get, texts)
         missing = [text for text, tokens in zip(texts, found, strict=True) if tokens is None]
-        writes = [self._threads.submit(self._cache.put, text, self._load().encode(text).cpu()) for text in missing]
+        writes = [
+            self._threads.submit(self._cache.put, text, self._turns.encoder().encode(text).cpu()) for text in missing
+        ]
         for write in writes:
             write.result()
         return Encoded(len(missing), len(texts) - len(missing))
 
     def close(self) -> None:
         self._threads.shutdown()
-        self._encoder = None
-
-    def _load(self) -> TextEncoder:
-        from ltx_batch.model.text import TextEncoder
-
-        if self._encoder is None:
-            self._encoder = TextEncoder.load(self._parts, self._device)
-        return self._encoder
+        self._turns.close()

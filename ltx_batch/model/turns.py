@@ -26,6 +26,15 @@ class Others(Protocol):
     def leave(self) -> None: ...
 
 
+class Nobody:
+    """No others."""
+
+    held_bytes = 0
+
+    def leave(self) -> None:
+        pass
+
+
 class Turns:
     """Who is on the device. `load` makes the encoder, where it will work, when it is first asked for.
 

@@ -9,20 +9,26 @@ from typing import Any
 
 import pytest
 import torch
+from job_runs import make_job, write_manifest
 from official_file import RELEASES, write_official_file
 from transformers import T5Config, T5EncoderModel
 from typer.testing import CliRunner
 
 from ltx_batch import RenderRequest, load_renderer
 from ltx_batch.cli import app
-from ltx_batch.errors import PrecisionError
-from ltx_batch.model import streaming
+from ltx_batch.errors import EmbeddingMissing, PrecisionError
+from ltx_batch.model import streaming, turns
 from ltx_batch.model.checkpoint import TextParts
+from ltx_batch.model.memory import GIB
 from ltx_batch.model.quantize.convert import convert_checkpoint
 from ltx_batch.model.quantize.policy import precision as make_policy
 from ltx_batch.model.quantize.swap import is_quantized, stored_bytes
 from ltx_batch.model.text import TextEncoder
 from ltx_batch.model.text_precision import embedding_precision, text_policy
+from ltx_batch.recipe import make_recipe
+from ltx_batch.request import DEFAULT_NEGATIVE_PROMPT
+from ltx_batch.text_worker import TextWorker
+from ltx_batch.worker import WorkerPlan
 from tests.tiny_checkpoint import write_tiny_checkpoint
 
 CPU = torch.device("cpu")
@@ -172,3 +178,36 @@ def test_it_is_not_rounded_twice_nor_left_as_it_is(folder: Path, tmp_path: Path)
 def quantize(*words: str | Path) -> dict[str, Any]:
     done = CliRunner().invoke(app, ["quantize", *map(str, words), "--device", "cpu", "--json"], catch_exceptions=False)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+# the text phase
+
+
+def test_a_text_phase_encodes_in_that_precision_for_the_renders(folder: Path, tmp_path: Path) -> None:
+    worker = TextWorker(plan_of(folder, tmp_path, "int8"))
+    assert worker.encode(["a red circle", DEFAULT_NEGATIVE_PROMPT]).encoded == 2
+    worker.close()
+    cache, options = str(tmp_path / "out" / "text"), {"device": "cpu", "text": "precomputed"}
+    renderer = load_renderer(str(folder), text_precision="int8", text_cache=cache, **options)
+    assert renderer.render([REQUEST])[0].ran["text"]["cache"] == 2
+    with pytest.raises(EmbeddingMissing):
+        load_renderer(str(folder), text_cache=cache, **options).render([REQUEST])
+
+
+def test_a_text_phase_works_on_a_device_without_room(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block by block, as a worker that renders does."""
+    monkeypatch.setattr(TextParts, "weights_bytes", property(lambda parts: 9 * GIB))
+    monkeypatch.setattr(turns, "free_bytes", lambda device: 3 * GIB)
+    worker = TextWorker(plan_of(folder, tmp_path, "auto"))
+    assert worker.encode(["a red circle", "a blue square"]).encoded == 2
+    assert worker._turns.told.startswith("on the device, block by block: the text encoder wants 10.0 GiB")
+    worker.close()
+
+
+def plan_of(folder: Path, where: Path, precision: str) -> WorkerPlan:
+    manifest = write_manifest(where / "jobs", ["a red circle"])
+    model = {"renderer": "ltx", "checkpoint": str(folder), "device": "cpu", "text_precision": precision}
+    job = make_job(manifest, where / "out", model=model, text="stage")
+    return WorkerPlan(job, make_recipe(job), "fp32")
