@@ -52,7 +52,7 @@ def measure_starts(
         folder = _write(scratch / kind, kind, bent if kind == "int8" else [], tiny=tiny)
         try:
             for name, _, precision, anew in starts:
-                page_cache = drop_page_cache(tiny) if anew else "warm"
+                page_cache = drop_page_cache(folder) if anew else "warm"
                 own = bent if kind != precision else []
                 yield name, start(folder, precision, own, tiny=tiny, page_cache=page_cache)
         finally:
@@ -68,15 +68,15 @@ def start(folder: Path, precision: str, bent: list[str], *, tiny: bool, page_cac
     return {**json.loads(done.stdout.splitlines()[-1]), "page_cache": page_cache, "folder_gib": round(size / 2**30, 2)}
 
 
-def drop_page_cache(tiny: bool) -> str:
-    """Have files come from the disk again; says whether that could be done. A trial does not slow a whole machine."""
-    if tiny:
-        return "warm"
-    os.sync()
-    with suppress(OSError):
-        Path("/proc/sys/vm/drop_caches").write_text("3\n")
-        return "dropped"
-    return "warm: it could not be dropped"
+def drop_page_cache(folder: Path) -> str:
+    """Have the folder's files come from the disk again; those of Python and its libraries stay, as on any host that has run
+    a worker. Says what was done."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return "the folder's files dropped"
 
 
 def _write(folder: Path, precision: str, bent: list[str], *, tiny: bool) -> Path:

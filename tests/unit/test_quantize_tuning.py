@@ -153,6 +153,14 @@ def test_no_way_at_all_is_an_error_with_a_way_out(timed: dict[int, float]) -> No
         Tuner("some", [Way(1)]).choose(GPU, (1,), run, built)
 
 
+def test_no_memory_is_no_fault_of_a_way(timed: dict[int, float]) -> None:
+    def run(way: Way) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Tuner("some", [Way(1)]).choose(GPU, (1,), run, built)
+
+
 # what is stored
 
 
