@@ -61,7 +61,8 @@ class Lodging:
             self._gather = deal_out(self._transformer, placement.shards, gpus(self._device))
         else:
             for model in (self._transformer, self._vae, self._upsampler):
-                if model is not None:
+                # A part lies where its first weight does. To move it anew would copy what waits in page-locked memory twice.
+                if model is not None and next(model.parameters()).device != self._device:
                     model.to(self._device)
         self.mode = placement.mode
         give_back(self._device)
