@@ -27,6 +27,7 @@ BF16 = ModelSizes((int(0.5 * GIB),) * 48, int(0.294 * GIB), channels=4096, numbe
 INT8 = replace(BF16, blocks=(int(0.25 * GIB),) * 48, precision="int8")
 # The 2B in bf16: 1.922 billion in 28 blocks.
 SMALL = replace(BF16, blocks=(int(3.4 / 28 * GIB),) * 28, rest_bytes=int(0.13 * GIB), channels=2048)
+PLAIN = replace(INT8, precision="int8-weight")  # int8 products in diffusers' own blocks hold as much
 BNB = replace(INT8, precision="bnb-int8")
 FP32 = replace(BF16, blocks=(GIB,) * 48, rest_bytes=int(0.588 * GIB), number_bytes=4, precision="fp32")
 CONFIG = load_pipeline_config("ltxv-13b-0.9.8-distilled")
@@ -59,7 +60,7 @@ def card(size_gib: float) -> Room:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "measured_gib"), [(BF16, 26.1), (BF16, 25.6), (INT8, 14.0), (BNB, 14.9), (FP32, 51.6)]
+    ("sizes", "measured_gib"), [(BF16, 26.1), (BF16, 25.6), (PLAIN, 14.0), (BNB, 14.9), (FP32, 51.6)]
 )
 def test_a_step_of_the_13b_at_13376_tokens(sizes: ModelSizes, measured_gib: float) -> None:
     work = Work(one_pass(704, 1216, 121))
@@ -71,7 +72,7 @@ def test_a_step_of_the_13b_at_13376_tokens(sizes: ModelSizes, measured_gib: floa
 @pytest.mark.parametrize(("tokens", "measured_gib"), [(4_180, 1.4), (13_376, 2.6), (22_400, 3.7), (40_800, 6.1)])
 def test_a_step_with_streamed_blocks(tokens: int, measured_gib: float) -> None:
     work = Work(replace(one_pass(32, 32, 1), passes=(tokens_pass(tokens),)))
-    placed = decide(INT8, work, Room(), "offload")
+    placed = decide(PLAIN, work, Room(), "offload")
     assert placed.passes[0].kept_blocks == 0
     assert placed.peak_bytes / GIB == pytest.approx(measured_gib, rel=0.1)
 
@@ -148,13 +149,14 @@ def test_a_large_video_waits_in_host_memory() -> None:
         (INT8, HD, 15.4, "offload", True, False),
         (INT8, HD, 7.1, "offload", True, False),
         (INT8, HD, 5.1, "offload", True, False),
-        (INT8, HD, 3.1, "offload", True, True),
+        (INT8, HD, 3.1, "offload", True, False),
         (SMALL, HD, 11.1, "resident", True, False),
         (SMALL, HD, 3.1, "offload", True, False),
         (INT8, UHD, 79.4, "resident", False, False),
         (INT8, UHD, 47.4, "resident", True, False),
         (INT8, UHD, 11.1, "offload", True, False),
-        (INT8, UHD, 7.1, "offload", True, True),
+        (INT8, UHD, 7.1, "offload", True, False),
+        (INT8, UHD, 6.8, "offload", True, True),
     ],
 )
 def test_the_first_that_fits(

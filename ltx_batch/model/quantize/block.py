@@ -17,7 +17,6 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_ltx import LTXVideoTransformerBlock
 from torch import nn
 from torch.func import functional_call
-from torch.nn.functional import gelu
 
 from ltx_batch.model.quantize.linear import Int8Linear, biases
 from ltx_batch.model.quantize.ops import attend_text, int8_product, modulate_rows, norm_rotate, quantize_modulated
@@ -125,7 +124,7 @@ class FusedBlock(nn.Module):
             out = attention(hidden_states=rows.view(shape), image_rotary_emb=whole((cos, sin)))
             return self._gated(hidden, out.flatten(0, 1), lines, _ATTENTION_GATE)
         if isinstance(rows, torch.Tensor):
-            query, key, value = (layer(rows) for layer in layers)
+            query, key, value = attention.to_q(rows), attention.to_k(rows), attention.to_v(rows)
         else:
             query, key, value = _product(layers, rows, hidden.dtype).chunk(3, dim=1)
         query, key = norm_rotate(
@@ -137,8 +136,10 @@ class FusedBlock(nn.Module):
             sin.flatten(0, 1),
             attention.norm_q.eps,
         )
+        del rows
         query, key, value = (x.unflatten(0, shape[:2]) for x in (query, key, value))
         out = _attend(attention, query, key, value)
+        del query, key, value
         return self._added(attention.to_out[0], out, hidden, lines, _ATTENTION_GATE)
 
     def _attend_text(
@@ -160,9 +161,13 @@ class FusedBlock(nn.Module):
         up, down = self.ff.net[0].proj, self.ff.net[2]
         rows = self._modulated(hidden, lines, _FEED_FORWARD_SHIFT, [up])
         middle = up(rows) if isinstance(rows, torch.Tensor) else _product([up], rows, hidden.dtype)
+        del rows  # here and elsewhere: what is not needed makes room for what comes
         if _takes_int8([down]):
-            return self._added(down, down.quantize(middle, gelu=True), hidden, lines, _FEED_FORWARD_GATE)
-        return self._added(down, gelu(middle, approximate="tanh"), hidden, lines, _FEED_FORWARD_GATE)
+            rows = down.quantize(middle, gelu=True)
+            del middle
+        else:
+            rows = torch.ops.aten.gelu_(middle, approximate="tanh")
+        return self._added(down, rows, hidden, lines, _FEED_FORWARD_GATE)
 
     def _feed_forward_in_chunks(self, hidden: torch.Tensor, lines: torch.Tensor, chunk_tokens: int) -> torch.Tensor:
         """`hidden` [B, N, D], `lines` [B, 1 or N, 6 * D]: one row of the batch after the other."""

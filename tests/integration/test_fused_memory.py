@@ -1,0 +1,111 @@
+"""What a call of fused int8 blocks holds at once, counted on the meta device: memory.py's numbers for them."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LTXVideoTransformer3DModel
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ltx_batch.model.chunks import in_chunks
+from ltx_batch.model.memory import CHUNK_TOKENS, ModelSizes, Work, denoise_bytes
+from ltx_batch.model.plan import Guidance, PassPlan, Plan, Target
+from ltx_batch.model.quantize import block, linear
+from ltx_batch.model.quantize.block import fuse_blocks
+from ltx_batch.model.quantize.linear import Int8Linear
+
+TOKENS, CHANNELS = 65_536, 4096
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all tensors that are made within it, as long as somebody holds them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, count = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.now += count
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._gone, key, count)
+
+    def _gone(self, key: int, count: int) -> None:
+        self._known.discard(key)
+        self.now -= count
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def rounded(x: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return empty(*x.shape, dtype=torch.int8), empty(len(x), dtype=torch.float32)
+
+
+def product(rows: torch.Tensor, scales: Any, weights: Any, *_: Any) -> torch.Tensor:
+    return empty(len(rows), sum(len(weight) for weight in weights))
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' results without what plain torch holds on its way there."""
+    alike = {"modulate_rows": lambda x, *_: empty(*x.shape), "attend_text": lambda x, *_: empty(*x.shape)}
+    pair = {"norm_rotate": lambda query, key, *_: (empty(*query.shape), empty(*key.shape))}
+    attention = {"_attend": lambda _, query, key, value: empty(query.shape[0] * query.shape[1], query.shape[2])}
+    products = {"int8_product": product, "quantize_modulated": rounded}
+    for name, kernel in {**alike, **pair, **attention, **products}.items():
+        monkeypatch.setattr(block, name, kernel)
+    monkeypatch.setattr(linear, "quantize_rows", rounded)
+    monkeypatch.setattr(linear, "int8_product", product)
+
+
+def transformer(kept: int) -> Any:
+    with torch.device("meta"):
+        made = LTXVideoTransformer3DModel(
+            num_attention_heads=32, attention_head_dim=128, cross_attention_dim=CHANNELS, num_layers=3
+        ).to(torch.bfloat16)
+    for inner in made.transformer_blocks[kept:]:
+        for name, layer in list(inner.named_modules()):
+            if isinstance(layer, nn.Linear) and not name.startswith(("attn2.to_k", "attn2.to_v")):
+                owner, _, leaf = name.rpartition(".")
+                size = layer.in_features, layer.out_features
+                quantised = Int8Linear(*size, bias=True, dtype=torch.bfloat16, hadamard_group=64)
+                setattr(inner.get_submodule(owner), leaf, quantised)
+    assert fuse_blocks(made)
+    return made
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+@pytest.mark.parametrize("chunk_tokens", [None, CHUNK_TOKENS])
+def test_what_is_predicted_is_what_is_held(kernels: None, kept: int, chunk_tokens: int | None) -> None:
+    model = transformer(kept)
+    inputs = {
+        "hidden_states": empty(1, TOKENS, 128),
+        "encoder_hidden_states": empty(1, 64, 4096),
+        "encoder_attention_mask": empty(1, 64),
+        "timestep": empty(1, 1, dtype=torch.float32),
+        "video_coords": empty(1, 3, TOKENS, dtype=torch.float32),
+    }
+    with torch.inference_mode(), Live() as live, in_chunks(model, chunk_tokens):
+        model(**inputs, return_dict=False)
+    sizes = ModelSizes((1,), 0, 0, 0, 0, channels=CHANNELS, number_bytes=2, precision="int8")
+    one = PassPlan("pass1", 32, 32 * TOKENS, 1, (1.0,), (Guidance(),))
+    work = Work(Plan((one,), Target(32, 32 * TOKENS, 1), 30.0, 0.0, 0.05, 0.025))
+    predicted = denoise_bytes(sizes, one, work, chunked=chunk_tokens is not None)
+    assert live.peak <= predicted <= 1.04 * live.peak
