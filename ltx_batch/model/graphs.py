@@ -100,7 +100,7 @@ class StepGraphs:
     def give_up(self) -> bool:
         """Record nothing any more; returns whether there was anything to give back."""
         had = bool(self._recorded)
-        self._failed = True
+        self._failed, self._spare_bytes = True, None
         self.drop()
         return had
 

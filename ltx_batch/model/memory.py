@@ -110,6 +110,8 @@ def denoise_bytes(sizes: ModelSizes, one: PassPlan, work: Work, *, chunked: bool
     rows = max(guidance.rows for guidance in one.guidance) * work.rows
     whole = one.tokens * sizes.channels
     levels = whole * rows * _LEVELS * sizes.number_bytes if work.conditioned else 0.0
+    if sizes.precision == "int8" and any(guidance.perturbed for guidance in one.guidance):
+        return int(whole * (_ROTARY + rows * _ROW["bf16"]) + levels)  # disturbed attention is diffusers' own
     if sizes.precision == "int8":
         return int(whole * (_FUSED_ROTARY + rows * (_FUSED_ROW_IN_CHUNKS if chunked else _FUSED_ROW)) + levels)
     if not chunked:
