@@ -57,7 +57,8 @@ class StepGraphs:
         with rows.steady() if rows is not None and short else nullcontext():
             if short and spare_bytes is not None and not self._failed:
                 self._check(transformer)
-                self._spare_bytes = None if _watched(transformer) else spare_bytes
+                useful = self._recorded or spare_bytes > _wanted_bytes(transformer, tokens)
+                self._spare_bytes = spare_bytes if useful and not _watched(transformer) else None
                 if rows is not None and self._spare_bytes is not None:
                     rows.fix()
             try:
@@ -122,9 +123,7 @@ class StepGraphs:
             self._transformer, self._addresses = transformer, addresses
 
     def _may_record(self, hidden: torch.Tensor, transformer: Any) -> bool:
-        config = transformer.config
-        channels = config.num_attention_heads * config.attention_head_dim
-        wanted = _MARGIN * _BYTES * hidden.shape[0] * hidden.shape[1] * channels
+        wanted = _wanted_bytes(transformer, hidden.shape[0] * hidden.shape[1])
         return self._spare_bytes is not None and self._spare_bytes > wanted
 
     def _record(self, transformer: Any, inputs: dict[str, Any], tensors: dict[str, torch.Tensor]) -> _Recorded | None:
@@ -142,6 +141,12 @@ class StepGraphs:
             log.warning("calls are not recorded as CUDA graphs: %s: %s", type(error).__name__, error)
             return None
         return _Recorded(graph, own, output)
+
+
+def _wanted_bytes(transformer: Any, tokens: int) -> float:
+    """What must be to spare for a call of so many tokens in all its rows to be recorded."""
+    config = transformer.config
+    return _MARGIN * _BYTES * tokens * config.num_attention_heads * config.attention_head_dim
 
 
 def _plain(transformer: Any, inputs: dict[str, Any]) -> torch.Tensor:

@@ -74,6 +74,7 @@ def load_pipeline(
         unquantised=partial(_load_again, checkpoint, dtype, expected.weights) if to_quantise else None,
         text_missed=text if isinstance(text, CheckpointError) else None,
         text_cache=text_cache,
+        text_precision=text_precision,
     )
 
 

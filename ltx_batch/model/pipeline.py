@@ -102,11 +102,12 @@ class LtxPipeline:
         unquantised: Callable[[], Any] | None = None,
         text_missed: CheckpointError | None = None,
         text_cache: TextCache | None = None,
+        text_precision: str = "auto",
     ) -> None:
         """Takes `parts` over: they are quantised as `policy` says and lie at `home`, by default on the device, until the
         first plan and `placement` decide how they live. `memory_gib` is what may be used of the device. `unquantised`
         loads the transformer as it was before, into host memory. `text_missed` is what to raise when parts have no text
-        encoder and one is asked for."""
+        encoder and one is asked for; `text_precision` is then what made the embeddings."""
         if policy.name == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in the VAE's convolutions too
         home = home or device
@@ -149,8 +150,11 @@ class LtxPipeline:
             "tiling": False,
             "degraded": False,
             **quantized,
-            **({} if parts.text is None else {"text_precision": parts.text.precision}),
         }
+        if parts.text is not None:
+            self.ran["text_precision"] = parts.text.precision
+        elif text_precision != "auto":  # of embeddings that another process made
+            self.ran["text_precision"] = text_precision
 
     def check(self, config: PipelineConfig) -> None:
         """Raises CheckpointError where this model cannot do what the config asks for."""
@@ -344,6 +348,8 @@ class LtxPipeline:
         heads = (rows, config.num_attention_heads, tokens, config.attention_head_dim)
         self.attention.choose(heads, self.transformer.dtype, self.device)
         chunk_tokens = placement.passes[number].chunk_tokens
+        if self.lodging.mode != "resident":
+            self._graphs.drop()  # what was recorded read weights where they no longer lie
         with (
             self.lodging.at("denoise", placement, number),
             in_chunks(self.transformer, chunk_tokens),

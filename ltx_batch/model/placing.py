@@ -63,14 +63,14 @@ class Placing:
             try:
                 return render(placement)
             except torch.OutOfMemoryError as error:
+                relieved = self._relieve()
                 lower = step_down(self._sizes, self._strain, stage(), placement, work)
-                if lower is None:
+                if lower is None and not relieved:
                     raise
                 message = str(error).partition("\n")[0]
             # Only here has the error let go of what filled the device.
-            relieved = self._relieve()
             give_back(self._device)
-            if relieved:
+            if relieved or lower is None:
                 log.warning("%s ran out of memory: recorded calls are given up (%s)", stage(), message)
                 continue
             self._strain = lower

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+from ltx_batch.errors import PrecisionError
 from ltx_batch.model.quantize.policy import Precision, precision
 from ltx_batch.model.quantize.stored import Stored
 
@@ -29,7 +30,10 @@ def text_policy(name: str, dtype: DType, device: str, stored: Stored | None = No
     if name == "auto" and stored is None:
         return Precision(next(plain for plain, held in _PLAIN.items() if held == dtype), dtype)
     if stored is not None:
-        chosen = stored.policy(stored.name if name == "auto" else name, device)
+        try:
+            chosen = stored.policy(stored.name if name == "auto" else name, device)
+        except PrecisionError as error:
+            raise PrecisionError(f"text_precision, of the text encoder: {error}") from None
     else:
         chosen = precision(name, device, skip=KEPT, keep_blocks=0)
     return replace(chosen, dtype=_PLAIN.get(name, dtype))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import pytest
 import torch
 from diffusers import LTXVideoTransformer3DModel
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ltx_batch.model.chunks import in_chunks
 from ltx_batch.model.memory import CHUNK_TOKENS, ModelSizes, Work, denoise_bytes
@@ -18,36 +15,9 @@ from ltx_batch.model.plan import Guidance, PassPlan, Plan, Target
 from ltx_batch.model.quantize import block, linear
 from ltx_batch.model.quantize.block import fuse_blocks
 from ltx_batch.model.quantize.linear import Int8Linear
+from tests.live_bytes import Live
 
 TOKENS, CHANNELS = 65_536, 4096
-
-
-class Live(TorchDispatchMode):
-    """Bytes of all tensors that are made within it, as long as somebody holds them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._add(tensor.untyped_storage())
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, count = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self.now += count
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._gone, key, count)
-
-    def _gone(self, key: int, count: int) -> None:
-        self._known.discard(key)
-        self.now -= count
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -109,6 +109,16 @@ def test_it_is_recorded_and_changes_the_picture(folder: Path) -> None:
     assert clips["auto"].frames_sha256() != clips["int8"].frames_sha256()
 
 
+def test_it_is_recorded_where_the_embeddings_come_from_elsewhere(folder: Path, tmp_path: Path) -> None:
+    told = []
+    for text in ("inline", "precomputed"):
+        how: dict[str, Any] = {"text": text, "text_cache": str(tmp_path / "text")}
+        renderer = load_renderer(str(folder), device="cpu", text_precision="int8", **how)
+        told.append(renderer.render([REQUEST])[0].ran["text_precision"])
+        renderer.close()
+    assert told == ["int8", "int8"]
+
+
 def test_embeddings_of_another_precision_are_never_taken(folder: Path, tmp_path: Path) -> None:
     told = []
     for precision in ("auto", "int8", "fp32", "int8"):
@@ -163,7 +173,9 @@ def test_a_single_file_gets_the_text_encoder_that_is_named(folder: Path, tmp_pat
 
 def test_it_is_not_rounded_twice_nor_left_as_it_is(folder: Path, tmp_path: Path) -> None:
     quantize(folder, tmp_path / "made", "--text-precision", "int8")
-    with pytest.raises(PrecisionError, match="quantised already, and cannot be used with precision 'fp8'"):
+    with pytest.raises(
+        PrecisionError, match="^text_precision.*quantised already, and cannot be used with precision 'fp8'"
+    ):
         TextParts.find(tmp_path / "made", "float32", precision="fp8")
     for place, name, match in (
         (tmp_path / "made", "int8", "quantised already, as int8"),

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderKLLTXVideo
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ltx_batch.model import memory
 from ltx_batch.model.decode import decode_latents, decode_row
@@ -19,6 +16,7 @@ from ltx_batch.model.noise import row_noise
 from ltx_batch.model.plan import Guidance, PassPlan, Plan, Target
 from ltx_batch.model.slices import decode_in_slices, decoder_steps, sliced_axis
 from ltx_batch.model.slicing import Slices
+from tests.live_bytes import Live
 from tests.tiny_checkpoint import LATENT_CHANNELS, VAE
 
 # Releases 0.9.5 to 0.9.8; 0.9.0, without timesteps and with layers that change the width; 0.9.1, with noise.
@@ -113,35 +111,6 @@ def test_a_decoder_that_draws_noise_draws_it_by_the_row_and_the_slices() -> None
 
 
 # memory
-
-
-class Live(TorchDispatchMode):
-    """The most bytes of tensors that live at once, but those that lived before."""
-
-    def __init__(self, *known: torch.Tensor) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return found
-
-    def _count(self, storage: Any) -> None:
-        key, taken = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.now += taken
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, taken)
-
-    def _forget(self, key: int, taken: int) -> None:
-        self._known.discard(key)
-        self.now -= taken
 
 
 # The decoder of releases 0.9.5 to 0.9.8, whose sizes the memory model has.
