@@ -174,7 +174,7 @@ def test_a_single_file_gets_the_text_encoder_that_is_named(folder: Path, tmp_pat
 def test_it_is_not_rounded_twice_nor_left_as_it_is(folder: Path, tmp_path: Path) -> None:
     quantize(folder, tmp_path / "made", "--text-precision", "int8")
     with pytest.raises(
-        PrecisionError, match="^text_precision.*quantised already, and cannot be used with precision 'fp8'"
+        PrecisionError, match=r"^text_precision.*quantised already, and cannot be used with precision 'fp8'"
     ):
         TextParts.find(tmp_path / "made", "float32", precision="fp8")
     for place, name, match in (
