@@ -61,13 +61,15 @@ def interpret_rows(dtype: torch.dtype, channels: int) -> Iterator[dict[str, Any]
 def interpret_rotary(dtype: torch.dtype, channels: int) -> Iterator[dict[str, Any]]:
     from ltx_batch.model.quantize import reference
     from ltx_batch.model.quantize.kernels import rotary
+    from ltx_batch.model.quantize.rope import ONE
 
     qkv, weights = torch.randn(6, 3 * channels).to(dtype), torch.rand(2, channels).to(dtype)
-    for tables in (torch.randn(2, 3, channels // 2), torch.randn(2, 6, channels // 2)):
+    for rows in (3, 6):
+        tables = torch.randint(-ONE, ONE + 1, (2, rows, channels // 2), dtype=torch.int16)
         arguments = (*qkv.chunk(3, 1)[:2], *weights, *tables, 1e-5)
         pairs = zip(rotary.norm_rotate(*arguments), reference.norm_rotate(*arguments), strict=True)
         error = max(largest(found, right) for found, right in pairs)
-        yield {"case": f"rotary {dtype} {channels} {tables.shape[1]}", "error": error}
+        yield {"case": f"rotary {dtype} {channels} {rows}", "error": error}
 
 
 def interpret_text(dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -163,12 +165,14 @@ def build(arch: int) -> Iterator[dict[str, Any]]:
                 launch = rows.RowLaunch(rows.row_bytes(width, lines=modulate and not shared), 2, stages)
                 if launch.shared_bytes((arch // 10, arch % 10)) <= LIMITS_KIB[arch] * 1024:
                     yield compiled(rows.row_kernel, flags, arch, rows.WARPS, stages, launch, channels)
-    yield compiled(rotary.rotary_kernel, {"pairs": 2048}, arch, 8, 3, None, {**channels, "real_pairs": 16})
+    yield compiled(rotary.rotary_kernel, {"pairs": 2048}, arch, 16, 3, None, {**channels, "real_pairs": 16})
     for width in (64, 128):
         for tokens in (64, 128, 256):
-            tile_rows, tile_tokens, stages = text.tile_of(tokens)
-            flags = {"heads": 32, "width": width, "masked": True, "tile_rows": tile_rows, "tile_tokens": tile_tokens}
-            yield compiled(text.text_kernel, flags, arch, 4, stages, None, {"key_stride": 16, "clip_stride": 16})
+            tile_rows, tile_tokens, ahead, _ = text.tile_of(tokens)
+            flags = {"heads": 32, "width": width, "masked": True, "ahead": ahead}
+            flags |= {"tile_rows": tile_rows, "tile_tokens": tile_tokens}
+            yield compiled(text.text_kernel, flags, arch, 4, 3, None, {"key_stride": 16, "clip_stride": 16})
+    yield compiled(text.rms_kernel, {"block": 4096}, arch, 8, 3, None, channels)
     fitting_tiles = product.tuner(described=arch // 10 == 9).fitting((arch // 10, arch % 10), LIMITS_KIB[arch] * 1024)
     for tile in fitting_tiles:
         kernel = product.described_kernel if tile.described else product.product_kernel
@@ -219,8 +223,10 @@ def type_of(name: str, flags: dict[str, Any]) -> str:
         tile = flags["tile_rows" if name == "x" else "tile_columns"]
         return f"tensordesc<i8[{tile}, {flags['depth']}]>"
     if not name.endswith("_ptr"):
-        return "fp32" if name == "eps" else "i32"
-    if "scale" in name or name in ("cos_ptr", "sin_ptr"):
+        return "fp32" if name == "eps" or (name == "part" and "pairs" in flags) else "i32"
+    if name in ("cos_ptr", "sin_ptr"):
+        return "*i16"
+    if "scale" in name or name == "inverse_ptr":
         return "*fp32"
     is_int8 = "depth" in flags and (re.fullmatch(r"weight\d?_ptr", name) or name == "x_ptr")
     is_int8 = is_int8 or (name == "out_ptr" and flags.get("quantize", False))

@@ -18,6 +18,7 @@ from ltx_batch.model.quantize.fp8 import Fp8Linear, check_device
 from ltx_batch.model.quantize.linear import Int8Linear
 from ltx_batch.model.quantize.policy import precision
 from ltx_batch.model.quantize.probe import best_precision_here
+from ltx_batch.model.quantize.rope import ONE
 from ltx_batch.model.quantize.swap import stored_bytes
 from ltx_batch.model.quantize.text_rows import text_kept
 from tests.tiny_checkpoint import write_tiny_checkpoint
@@ -71,7 +72,8 @@ def test_rows_are_rounded_as_on_the_cpu(channels: int, group: int) -> None:
 @pytest.mark.parametrize("channels", [256, 2048, 4096])
 def test_norm_and_rotation_of_query_and_key(channels: int) -> None:
     query, key, _ = drawn(2 * 100, 3 * channels).chunk(3, dim=1)
-    weights, tables = drawn(2, channels), torch.randn(2, 100, channels // 2, device=GPU)
+    weights = drawn(2, channels)
+    tables = torch.randint(-ONE, ONE + 1, (2, 100, channels // 2), device=GPU, dtype=torch.int16)
     arguments = (query, key, *weights, *tables, 1e-5)
     for found, right in zip(ops.norm_rotate(*arguments), reference.norm_rotate(*arguments), strict=True):
         torch.testing.assert_close(found, right, rtol=2**-7, atol=2**-7)

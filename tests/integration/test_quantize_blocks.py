@@ -19,7 +19,7 @@ from ltx_batch.model.lora import apply_loras, linear_shapes, load_adapter
 from ltx_batch.model.perturb import perturbed
 from ltx_batch.model.quantize.block import FusedBlock, fuse_blocks
 from ltx_batch.model.quantize.policy import precision
-from ltx_batch.model.quantize.rope import HalfRope, whole
+from ltx_batch.model.quantize.rope import ONE, HalfRope, whole
 from ltx_batch.model.quantize.swap import quantize_model
 from ltx_batch.model.quantize.text_rows import TextRows, text_kept
 from ltx_batch.request import LoraRef
@@ -56,10 +56,12 @@ def quantised(loaded: Any, options: dict[str, Any] | None) -> Any:
 
 
 def pair(loaded: Any, options: dict[str, Any] | None = None) -> tuple[Any, Any]:
-    """The same quantised model with diffusers' blocks and with fused ones."""
+    """The same quantised model with diffusers' blocks and with fused ones, whose tables both have."""
     plain = quantised(loaded, options)
     fused = copy.deepcopy(plain)
     assert fuse_blocks(fused) == 3
+    half = HalfRope.of(plain.rope)
+    plain.rope.forward = lambda *given, **named: whole(half(*given, **named))
     return plain, fused
 
 
@@ -90,15 +92,16 @@ def distance(one: torch.Tensor, two: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("dim", [24, 32, 128, 256])
-def test_half_tables_are_diffusers_tables(dim: int) -> None:
+def test_half_tables_are_diffusers_tables_to_sixteen_bits(dim: int) -> None:
     rope = LTXVideoRotaryPosEmbed(dim)
     hidden, coords = torch.zeros(1, 7, dim), 100 * torch.rand(1, 3, 7)
     for expected, found in zip(
         rope(hidden, video_coords=coords), whole(HalfRope.of(rope)(hidden, video_coords=coords)), strict=True
     ):
-        assert torch.equal(expected, found)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0.51 / ONE)
     sizes = {"num_frames": 1, "height": 7, "width": 1, "rope_interpolation_scale": (0.5, 32, 32)}
-    assert torch.equal(rope(hidden, **sizes)[0], whole(HalfRope.of(rope)(hidden, **sizes))[0])
+    found, expected = whole(HalfRope.of(rope)(hidden, **sizes))[0], rope(hidden, **sizes)[0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.51 / ONE)
 
 
 @pytest.mark.parametrize("levels", [1, TOKENS])
@@ -109,7 +112,7 @@ def test_fused_blocks_compute_what_diffusers_blocks_do(loaded: Any, policy: str,
     expected, found = call(plain, levels=levels), call(fused, levels=levels)
     # Sums in another order may tip a number to the next step of int8, and no more.
     assert distance(found, expected) < (1e-6 if policy == "fp32" else 2e-4)
-    assert distance(found, exact) < (1e-6 if policy == "fp32" else 6e-3)
+    assert distance(found, exact) < (3e-5 if policy == "fp32" else 6e-3)
 
 
 def test_in_16_bits_they_round_less_than_diffusers_blocks(loaded: Any) -> None:

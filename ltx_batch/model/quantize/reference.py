@@ -12,6 +12,7 @@ from torch.nn.functional import gelu as torch_gelu
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from ltx_batch.model.quantize.hadamard import rotate
+from ltx_batch.model.quantize.rope import floating
 
 LIMIT = 127  # symmetric: -128 is never used
 
@@ -90,8 +91,9 @@ def norm_rotate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """RMS norm over all heads, then the rotary embedding: query and key [M, D], which may be columns of a wider tensor.
 
-    `cos` and `sin` are fp32 [R, D / 2], one number a pair of channels, and hold again every R rows.
+    `cos` and `sin` are `rope`'s [R, D / 2], one number a pair of channels, and hold again every R rows.
     """
+    cos, sin = floating(cos), floating(sin)
     return _norm_rotate(query, query_weight, cos, sin, eps), _norm_rotate(key, key_weight, cos, sin, eps)
 
 

@@ -1,4 +1,5 @@
-"""The rotary embedding's tables at half their size: cosine and sine of a pair of channels are stored once."""
+"""The rotary embedding's tables at a quarter of their size: cosine and sine of a pair of channels are stored once, as
+16-bit fixed-point numbers. Those are off by 1.6e-5 at most, where a turned query in bf16 is off by 2e-3."""
 
 from __future__ import annotations
 
@@ -10,9 +11,11 @@ from torch.nn.functional import pad
 
 Tables = tuple[torch.Tensor, torch.Tensor]
 
+ONE = 32767  # what 1.0 is in a table
+
 
 class HalfRope(LTXVideoRotaryPosEmbed):
-    """diffusers' module, number by number, without the second of each pair: fp32 [B, N, dim / 2] each."""
+    """diffusers' module, number by number, without the second of each pair: int16 [B, N, dim / 2] each, in parts of `ONE`."""
 
     @classmethod
     def of(cls, rope: LTXVideoRotaryPosEmbed) -> HalfRope:
@@ -49,11 +52,19 @@ class HalfRope(LTXVideoRotaryPosEmbed):
         angles = self.theta**exponents * math.pi / 2.0 * (grid.unsqueeze(-1) * 2 - 1)
         angles = angles.transpose(-1, -2).flatten(2)
         over = self.dim % 6 // 2  # pairs that the three axes leave over are not turned
-        cos = pad(angles.cos(), (over, 0), value=1.0)
-        sin = pad(angles.sin_(), (over, 0))
-        return cos, sin
+        return _fixed(pad(angles.cos(), (over, 0), value=1.0)), _fixed(pad(angles.sin_(), (over, 0)))
 
 
 def whole(tables: Tables) -> Tables:
-    """As diffusers' attention takes them: [B, N, dim]."""
-    return tables[0].repeat_interleave(2, dim=-1), tables[1].repeat_interleave(2, dim=-1)
+    """As diffusers' attention takes them: fp32 [B, N, dim]."""
+    cos, sin = (floating(table).repeat_interleave(2, dim=-1) for table in tables)
+    return cos, sin
+
+
+def floating(table: torch.Tensor) -> torch.Tensor:
+    """A table in fp32."""
+    return table.float() * (1 / ONE)
+
+
+def _fixed(table: torch.Tensor) -> torch.Tensor:
+    return table.mul_(ONE).round_().to(torch.int16)

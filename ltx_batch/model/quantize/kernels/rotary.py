@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ltx_batch.model.quantize.kernels.start import start
+from ltx_batch.model.quantize.rope import ONE
 
 
 @triton.jit
@@ -45,13 +46,15 @@ def rotary_kernel(
     stride: tl.tensor,
     rope_rows: tl.tensor,
     eps: tl.tensor,
+    part: tl.tensor,
     pairs: tl.constexpr,
 ) -> None:
+    """`part` is what 1 in a table stands for."""
     row = tl.program_id(0).to(tl.int64)
     pair = tl.arange(0, pairs)
     at = row % rope_rows * real_pairs + pair
-    cos = tl.load(cos_ptr + at, mask=pair < real_pairs, other=0.0)
-    sin = tl.load(sin_ptr + at, mask=pair < real_pairs, other=0.0)
+    cos = tl.load(cos_ptr + at, mask=pair < real_pairs, other=0).to(tl.float32) * part
+    sin = tl.load(sin_ptr + at, mask=pair < real_pairs, other=0).to(tl.float32) * part
     _turn(query_ptr + row * stride, query_weight_ptr, query_out_ptr + row * channels, cos, sin, channels, eps, pairs)
     _turn(key_ptr + row * stride, key_weight_ptr, key_out_ptr + row * channels, cos, sin, channels, eps, pairs)
 
@@ -74,8 +77,8 @@ def norm_rotate(
         rotary_kernel,
         rows,
         (query, key, query_weight, key_weight, cos, sin, *outs),
-        (channels, pairs, query.stride(0), cos.shape[0], eps),
+        (channels, pairs, query.stride(0), cos.shape[0], eps, 1 / ONE),
         {"pairs": 1 << (pairs - 1).bit_length()},
-        warps=4 if channels < 4096 else 8,
+        warps=4 if channels < 4096 else 16,
     )
     return outs[0], outs[1]
