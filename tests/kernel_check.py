@@ -176,7 +176,13 @@ def build(arch: int) -> Iterator[dict[str, Any]]:
     fitting_tiles = product.tuner(described=arch // 10 == 9).fitting((arch // 10, arch % 10), LIMITS_KIB[arch] * 1024)
     for tile in fitting_tiles:
         kernel = product.described_kernel if tile.described else product.product_kernel
-        flags = {"bias": True, "group": 8, "tile_rows": tile.rows, "tile_columns": tile.columns, "depth": tile.depth}
+        flags = {
+            "bias": True,
+            "group": tile.group,
+            "tile_rows": tile.rows,
+            "tile_columns": tile.columns,
+            "depth": tile.depth,
+        }
         flags |= {} if tile.described else {"even": True}
         plain = {**flags, "parts": 1, "gate": 0, "residual": False}
         yield compiled(kernel, plain, arch, tile.warps, tile.stages, tile, channels)

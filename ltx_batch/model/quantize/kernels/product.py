@@ -21,8 +21,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ltx_batch.model.quantize.kernels.start import start
 from ltx_batch.model.quantize.kernels.tune import Tuner, bucket, multiprocessors
 
-_GROUP = 8  # tiles above each other that are worked on together, so that their columns are read from the cache
-
 
 @triton.jit
 def _place(tile: tl.tensor, tiles_down: tl.tensor, tiles_across: tl.tensor, group: tl.constexpr) -> tl.tensor:
@@ -234,6 +232,7 @@ def described_kernel(
 class Tile:
     """Rows and columns of a program's tile, channels read at a time, warps, and stages of the pipeline.
 
+    So many tiles above each other, a `group`, are worked on together, so that their columns are read from the cache.
     Of `described` ones so many stay on each multiprocessor: with two, one writes out while the other multiplies.
     """
 
@@ -243,6 +242,7 @@ class Tile:
     warps: int
     stages: int
     described: int = 0
+    group: int = 8
 
     def shared_bytes(self, capability: tuple[int, int]) -> int:
         # Hopper's products read both operands from shared memory, others hold one stage in registers.
@@ -269,6 +269,8 @@ TILES = (
     Tile(128, 256, 128, 8, 4, described=1),
     Tile(256, 128, 128, 8, 4, described=1),
     Tile(128, 128, 128, 4, 3, described=2),
+    Tile(128, 128, 128, 4, 3, described=2, group=4),
+    Tile(128, 256, 128, 8, 4, described=1, group=16),
 )
 
 
@@ -334,7 +336,7 @@ def launch(
         "gate": 0 if gate is None else 1 if line_count == 1 else 2,
         "residual": residual is not None,
         **({} if tile.described else {"even": channels % tile.depth == 0}),
-        "group": _GROUP,
+        "group": tile.group,
         "tile_rows": tile.rows,
         "tile_columns": tile.columns,
         "depth": tile.depth,
