@@ -64,7 +64,10 @@ def start(folder: Path, precision: str, bent: list[str], *, tiny: bool, page_cac
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     command = [sys.executable, str(HERE / "cold_start.py"), str(folder), "--precision", precision, *bent]
     command += ["--tiny"] if tiny else []
-    done = subprocess.run([*command, "--since", str(time.time())], check=True, stdout=subprocess.PIPE, text=True)
+    # What pip compiles when it installs, some images leave to every process: here the first start writes it.
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    since = str(time.time())
+    done = subprocess.run([*command, "--since", since], check=True, stdout=subprocess.PIPE, text=True, env=env)
     return {**json.loads(done.stdout.splitlines()[-1]), "page_cache": page_cache, "folder_gib": round(size / 2**30, 2)}
 
 
