@@ -156,7 +156,7 @@ def test_a_large_video_waits_in_host_memory() -> None:
         (INT8, UHD, 47.4, "resident", True, False),
         (INT8, UHD, 11.1, "offload", True, False),
         (INT8, UHD, 7.1, "offload", True, False),
-        (INT8, UHD, 6.8, "offload", True, True),
+        (INT8, UHD, 6.5, "offload", True, True),
     ],
 )
 def test_the_first_that_fits(
