@@ -187,12 +187,18 @@ def _survey(job: JobSpec, manifest: Manifest, lookup: PlanLookup) -> _Survey:
         cells, faults = check(manifest.read(shard, columns=tuple(COLUMNS)), job.defaults)
         sound = np.ones(cells.rows, bool)
         sound[[fault.row for fault in faults]] = False
-        given = _given(cells, "conditioning_media_paths")
+        given, loras = _given(cells, "conditioning_media_paths"), _given(cells, "loras")
         for kind in lookup.kinds(cells):
             if isinstance(kind.plan, InvalidRow):
                 sound[kind.rows] = False
             elif len(rows := kind.rows[sound[kind.rows]]):
-                work = _work(kind.plan.plan, job.batch_size, bool(given[rows].any()), "input_media_path" in kind.own)
+                work = _work(
+                    kind.plan.plan,
+                    job.batch_size,
+                    conditioned=bool(given[rows].any()),
+                    has_input="input_media_path" in kind.own,
+                    loras=bool(job.model.loras) or bool(loras[rows].any()),
+                )
                 survey.add(kind.plan, len(rows), work)
         survey.invalid += int(np.count_nonzero(~sound))
     return survey
@@ -204,10 +210,10 @@ def _given(cells: Cells, name: str) -> NDArray[np.bool_]:
     return np.asarray(lengths.to_numpy(zero_copy_only=False)) > 0
 
 
-def _work(plan: Plan, rows: int, conditioned: bool, has_input: bool) -> Work:
+def _work(plan: Plan, rows: int, *, conditioned: bool, has_input: bool, loras: bool) -> Work:
     """As far as it is known before media are looked at: a condition is taken to be a picture."""
     frames = plan.target.padded_frames if has_input else int(conditioned)
-    return Work(plan, rows, frames, conditioned=conditioned)
+    return Work(plan, rows, frames, conditioned=conditioned, loras=loras)
 
 
 def _passes(plan: Plan) -> tuple[Pass, ...]:
@@ -219,7 +225,8 @@ def _passes(plan: Plan) -> tuple[Pass, ...]:
 
 def _larger(one: Work, other: Work) -> Work:
     frames = max(one.encoded_frames, other.encoded_frames)
-    return replace(one, encoded_frames=frames, conditioned=one.conditioned or other.conditioned)
+    conditioned, loras = one.conditioned or other.conditioned, one.loras or other.loras
+    return replace(one, encoded_frames=frames, conditioned=conditioned, loras=loras)
 
 
 def _sizes(model: ModelSpec, options: Mapping[str, Any]) -> tuple[ModelSizes | None, list[RowIssue]]:

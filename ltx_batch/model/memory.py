@@ -30,6 +30,9 @@ _WAITING = 4.2  # times the bytes of a number
 # twice; in chunks, query, key and value before and after their rotation. Counted by a test; with the blocks before, whose count
 # was 31, an H100 allocated 31.4.
 _FUSED_ROTARY, _FUSED_ROW, _FUSED_ROW_IN_CHUNKS = 2.0, 17.4, 15.4
+_FUSED_ROW_WITH_LORAS = (
+    18.9  # whose branches want a layer's 16-bit rows beside the int8 ones; in chunks that is less than the rest
+)
 # Of a VAE, bytes a pixel for each byte of a number. The encoder's were counted only.
 _DECODE, _ENCODE = 51.5, 61.0
 # Of a sliced decode. Each layer of the last three stages keeps the columns that its next slice needs: 22 in a stage, of 32,
@@ -97,12 +100,13 @@ class ModelSizes:
 @dataclass(frozen=True, slots=True)
 class Work:
     """What one call of the pipeline is asked for: `rows` clips of one plan. `encoded_frames` is the length of the longest
-    conditioning or input media, 0 where there is none."""
+    conditioning or input media, 0 where there is none. `loras`: with LoRA files."""
 
     plan: Plan
     rows: int = 1
     encoded_frames: int = 0
     conditioned: bool = False
+    loras: bool = False
 
 
 def denoise_bytes(sizes: ModelSizes, one: PassPlan, work: Work, *, chunked: bool = False) -> int:
@@ -113,7 +117,8 @@ def denoise_bytes(sizes: ModelSizes, one: PassPlan, work: Work, *, chunked: bool
     if sizes.precision == "int8" and any(guidance.perturbed for guidance in one.guidance):
         return int(whole * (_ROTARY + rows * _ROW["bf16"]) + levels)  # disturbed attention is diffusers' own
     if sizes.precision == "int8":
-        return int(whole * (_FUSED_ROTARY + rows * (_FUSED_ROW_IN_CHUNKS if chunked else _FUSED_ROW)) + levels)
+        each = _FUSED_ROW_IN_CHUNKS if chunked else _FUSED_ROW_WITH_LORAS if work.loras else _FUSED_ROW
+        return int(whole * (_FUSED_ROTARY + rows * each) + levels)
     if not chunked:
         return int(whole * (_ROTARY + rows * _ROW[sizes.precision]) + levels)
     chunk = min(CHUNK_TOKENS, one.tokens) * sizes.channels * rows * _ROW[sizes.precision]

@@ -180,7 +180,7 @@ class LtxPipeline:
         A stage that runs out of memory is done again, thriftier, from the latents of the stages before it. Raises
         NotFinite where latents are not finite.
         """
-        work = work_of(plan, rows)
+        work = self._work(plan, rows)
         with watch.stage("text"):
             self._make_room(work)
         latents: list[torch.Tensor] = []
@@ -281,7 +281,7 @@ class LtxPipeline:
     ) -> torch.Tensor:
         """One denoise pass of the plan, from noise or from `begin`: normalised latents fp32 [B, C, F, H, W]."""
         if placement is None:
-            placement = self.placing.placement(work_of(plan, rows))
+            placement = self.placing.placement(self._work(plan, rows))
             self.lodging.settle(placement)
         number = plan.passes.index(one)
         noises = [row.noise for row in rows]
@@ -384,20 +384,20 @@ class LtxPipeline:
         gc.collect()
         give_back(self.device)
 
+    def _work(self, plan: Plan, rows: Sequence[Row]) -> Work:
+        media = [item.pixels for row in rows for item in row.conditions] + [
+            row.media for row in rows if row.media is not None
+        ]
+        longest = max((pixels.shape[2] for pixels in media), default=0)
+        conditioned = any(row.conditions for row in rows)
+        return Work(plan, len(rows), longest, conditioned=conditioned, loras=bool(self.loras.ran))
+
     def _advice(self) -> str:
         if self.ran["precision"] in ("fp32", "bf16") or "unquantised" in self.ran:
             return "are the weights whole?"
         if self._load_unquantised is None:
             return "the checkpoint comes quantised: render this row from one that does not, with precision bf16"
         return "another attempt renders it without quantisation; where that is often, use precision bf16"
-
-
-def work_of(plan: Plan, rows: Sequence[Row]) -> Work:
-    media = [item.pixels for row in rows for item in row.conditions] + [
-        row.media for row in rows if row.media is not None
-    ]
-    longest = max((pixels.shape[2] for pixels in media), default=0)
-    return Work(plan, len(rows), longest, conditioned=any(row.conditions for row in rows))
 
 
 def _missed(error: CheckpointError) -> NoReturn:

@@ -10,6 +10,7 @@ from diffusers import LTXVideoTransformer3DModel
 from torch import nn
 
 from ltx_batch.model.chunks import in_chunks
+from ltx_batch.model.lora import LoraHandle, Update
 from ltx_batch.model.memory import CHUNK_TOKENS, ModelSizes, Work, denoise_bytes
 from ltx_batch.model.plan import Guidance, PassPlan, Plan, Target
 from ltx_batch.model.quantize import block, linear
@@ -61,10 +62,21 @@ def transformer(kept: int) -> Any:
     return made
 
 
+def with_loras(model: Any) -> None:
+    """A branch beside each quantised layer, as a LoRA file of rank 16 makes it."""
+    for layer in model.modules():
+        if isinstance(layer, Int8Linear):
+            down, up = empty(16, layer.in_features), empty(layer.out_features, 16)
+            LoraHandle([]).attach(layer, [Update(down, up, 1.0)], torch.device("meta"), torch.bfloat16)
+
+
 @pytest.mark.parametrize("kept", [0, 1])
+@pytest.mark.parametrize("loras", [False, True])
 @pytest.mark.parametrize("chunk_tokens", [None, CHUNK_TOKENS])
-def test_what_is_predicted_is_what_is_held(kernels: None, kept: int, chunk_tokens: int | None) -> None:
+def test_what_is_predicted_is_what_is_held(kernels: None, kept: int, loras: bool, chunk_tokens: int | None) -> None:
     model = transformer(kept)
+    if loras:
+        with_loras(model)
     inputs = {
         "hidden_states": empty(1, TOKENS, 128),
         "encoder_hidden_states": empty(1, 64, 4096),
@@ -76,6 +88,6 @@ def test_what_is_predicted_is_what_is_held(kernels: None, kept: int, chunk_token
         model(**inputs, return_dict=False)
     sizes = ModelSizes((1,), 0, 0, 0, 0, channels=CHANNELS, number_bytes=2, precision="int8")
     one = PassPlan("pass1", 32, 32 * TOKENS, 1, (1.0,), (Guidance(),))
-    work = Work(Plan((one,), Target(32, 32 * TOKENS, 1), 30.0, 0.0, 0.05, 0.025))
+    work = Work(Plan((one,), Target(32, 32 * TOKENS, 1), 30.0, 0.0, 0.05, 0.025), loras=loras)
     predicted = denoise_bytes(sizes, one, work, chunked=chunk_tokens is not None)
     assert live.peak <= predicted <= 1.04 * live.peak
