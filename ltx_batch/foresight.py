@@ -8,7 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from ltx_batch.errors import CheckpointError, InvalidRow, RowIssue, job_issue
+from ltx_batch.errors import CheckpointError, InvalidRow, PrecisionError, RowIssue, job_issue
 from ltx_batch.job import JobSpec, ModelSpec
 from ltx_batch.lora import Shapes
 from ltx_batch.manifest import Manifest, Validation, validate
@@ -75,7 +75,7 @@ def foresee(model: ModelSpec, options: Options = None) -> Foresight:
     named = _checkpoint(model, config)
     layers = cache(lambda: transformer_layers(resolve_checkpoint(named), options) if named else None)
     tokenizer, unread = tokenizer_file(model, config)
-    errors = _missing(model) + _blocks_fault(model, config, layers)
+    errors = _missing(model) + _blocks_fault(model, config, layers) + _precision_faults(model, options)
     assumed = []
     if fault is not None:
         about = job_issue("model.checkpoint", named, str(fault))
@@ -128,6 +128,23 @@ def _blocks_fault(model: ModelSpec, config: PipelineConfig, layers: Callable[[],
     shapes = layers() if any(one.blocks() for one in config.passes) else None
     fault = config.blocks_fault(_block_count(shapes)) if shapes else None
     return [] if fault is None else [job_issue("model.pipeline_config", model.pipeline_config, fault)]
+
+
+def _precision_faults(model: ModelSpec, options: Options) -> list[RowIssue]:
+    """Precisions that the files cannot be used with, where those are at hand."""
+    looks: dict[str, Callable[[], object]] = {
+        "precision": lambda: model_sizes(model, options),
+        "text_precision": lambda: text_sizes_of(model, 2, options),
+    }
+    faults = []
+    for key, look in looks.items():
+        try:
+            look()
+        except PrecisionError as error:
+            faults.append(job_issue(f"model.{key}", getattr(model, key), str(error)))
+        except CheckpointError:  # told by what misses them
+            pass
+    return faults
 
 
 def _blocks_unchecked(model: ModelSpec, config: PipelineConfig, layers: Callable[[], Shapes | None]) -> list[RowIssue]:

@@ -130,6 +130,20 @@ def test_blocks_that_the_transformer_does_not_have_are_an_error(tiny: Path, tmp_
     assert check(job_of(tmp_path, checkpoint=str(tiny), pipeline_config=str(config))).errors == []
 
 
+def test_precisions_that_the_files_cannot_have_are_errors(tiny: Path, tmp_path: Path) -> None:
+    folder = str(tmp_path / "int8-weight")
+    assert main(["quantize", str(tiny), folder, "--precision", "int8-weight", "--text-precision", "int8-weight"]) == 0
+    assert check(job_of(tmp_path, checkpoint=folder, precision="auto")).errors == []
+    job = job_of(tmp_path, checkpoint=folder, precision="int8", text_precision="fp32")
+    errors = check(job).errors
+    assert told(errors) == [("model.precision", "int8"), ("model.text_precision", "fp32")]
+    assert all("quantised already" in str(error) for error in errors)
+    with pytest.raises(LtxBatchError, match="quantised already"):
+        run(job)
+    (error,) = check(job_of(tmp_path, checkpoint=str(tiny), precision="int8", skip_modules=["nothing"])).errors
+    assert error.column == "model.precision" and "skip_modules: nothing matches no linear layer" in str(error)
+
+
 def test_a_row_that_asks_for_such_blocks_is_told(tiny: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
     config.write_text("timesteps: [1.0, 0.5]\nstg_scale: 0\nskip_block_list: [42]\n")
