@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # pixels hang on it, and workers have one
 
 import flaky
 from servers import S3Server, moto_server

@@ -11,7 +11,8 @@ from ltx_batch.model.memory import GIB, TEXT_BYTES, USABLE
 
 STREAMED_BYTES = 2 * GIB  # T5-XXL with its blocks one by one: embeddings, two blocks in bf16, and what it computes with
 WORKING_BYTES = GIB // 10  # what T5-XXL computes with, for 256 tokens
-ADVICE = "model.text_precision int8 makes it smaller, text: stage takes it out of the workers"
+ADVICE_ALONE = "model.text_precision int8 makes it smaller"
+ADVICE = f"{ADVICE_ALONE}, text: stage takes it out of the workers"
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,14 @@ import torch
 
 from ltx_batch.model.device import free_bytes, give_back
 from ltx_batch.model.memory import USABLE
-from ltx_batch.model.room import ADVICE, STREAMED_BYTES, WORKING_BYTES, room_to_encode, room_to_render
+from ltx_batch.model.room import (
+    ADVICE,
+    ADVICE_ALONE,
+    STREAMED_BYTES,
+    WORKING_BYTES,
+    room_to_encode,
+    room_to_render,
+)
 from ltx_batch.model.text import TextEncoder
 
 _CPU = torch.device("cpu")
@@ -78,7 +85,7 @@ class Turns:
         free = free_bytes(self._device)
         room = room_to_encode(free, self._encoder_bytes)
         if self._encoder is None and room.enough:
-            self._tell(f"on the device: {room.reason}")
+            self._tell("on the device", room.reason)
             self._encoder = self._load(self._device)
             return self._encoder
         if free is not None and free < STREAMED_BYTES and self._movable:
@@ -87,10 +94,11 @@ class Turns:
         if self._encoder is None:
             self._encoder = self._load(_CPU)
         if free is None or free >= STREAMED_BYTES:
-            self._tell(f"on the device, block by block: {room.reason}")
+            self._tell("on the device, block by block", room.reason)
             self._encoder.stream(self._device)
         else:
-            self._tell(f"on the CPU: {room.reason}; {ADVICE}")
+            advice = ADVICE_ALONE if isinstance(self._others, Nobody) else ADVICE
+            self._tell("on the CPU", f"{room.reason}; {advice}")
         return self._encoder
 
     def let_others_work(self, peak_bytes: int) -> None:
@@ -103,7 +111,7 @@ class Turns:
         if not room.enough:
             self._encoder.leave()
             give_back(self._device)
-            self._tell(f"left the device: {room.reason}")
+            self._tell("left the device", room.reason)
 
     def peak_bytes(self, render_bytes: int) -> int:
         """The peak of a render that takes so much without the encoder: with it there, or when it worked on its texts."""
@@ -117,6 +125,8 @@ class Turns:
     def close(self) -> None:
         self._encoder, self._others = None, None
 
-    def _tell(self, what: str) -> None:
-        self.told = what
-        log.info("text encoder %s", what)
+    def _tell(self, where: str, why: str) -> None:
+        """Logged where it changes, and not for every text."""
+        if not self.told.startswith(f"{where}: "):
+            log.info("text encoder %s: %s", where, why)
+        self.told = f"{where}: {why}"

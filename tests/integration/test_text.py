@@ -202,7 +202,9 @@ def own(tiny: Path) -> TextEncoder:
         return TextEncoder.load(TextParts.find(tiny, "float32"), CPU)
 
 
-def make_turns(encoder: TextEncoder, rest: Rest, free: list[int], patch: pytest.MonkeyPatch, **more: Any) -> Turns:
+def make_turns(
+    encoder: TextEncoder, rest: turns.Others, free: list[int], patch: pytest.MonkeyPatch, **more: Any
+) -> Turns:
     """A device of which `free` tells what is left, asked in this order. The encoder has 2 GiB and wants 3, or 2 block by
     block."""
     patch.setattr(turns, "free_bytes", lambda device: free.pop(0))
@@ -266,7 +268,18 @@ def test_else_the_encoder_works_on_the_cpu(
     assert torch.equal(both.encoder().encode("a red circle"), encoder.encode("a red circle"))
     both.let_others_work(10**15)
     assert own.device == CPU and rest.held_bytes == (0 if movable else 64)
-    assert both.told.startswith("on the CPU: the text encoder wants 3.0 GiB")
+    assert both.told.startswith("on the CPU: the text encoder wants 3.0 GiB") and "text: stage" in both.told
+
+
+def test_an_encoder_alone_is_told_once_what_makes_it_smaller(
+    own: TextEncoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = make_turns(own, turns.Nobody(), [GIB] * 6, monkeypatch)
+    with caplog.at_level("INFO", logger=turns.__name__):
+        for _ in range(3):
+            alone.encoder()
+    assert "text_precision int8" in alone.told and "text: stage" not in alone.told
+    assert len(caplog.records) == 1
 
 
 # renderers
