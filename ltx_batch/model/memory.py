@@ -26,13 +26,12 @@ _LEVELS = 13.0  # times the bytes of a number
 # In chunks of tokens: the peak is then in a norm, or where a chunk is worked on beside what waits. Counted only.
 _ROW_IN_CHUNKS = {2: 16.7, 4: 28.6}
 _WAITING = 4.2  # times the bytes of a number
-# Of fused blocks (int8): half tables in 16 bits, and never more than the middle of the feed-forward, its rounded rows, and hidden states
-# twice; in chunks, query, key and value before and after their rotation. Counted by a test; with the blocks before, whose count
+# Of fused blocks (int8): half tables in 16 bits, and never more than the middle of the feed-forward, its rounded rows, and
+# hidden states twice; in chunks, query, key and value before and after their rotation. LoRA branches want the 16-bit rows of
+# a layer beside the int8 ones; in chunks that is less than the rest. Counted by a test; with the blocks before, whose count
 # was 31, an H100 allocated 31.4.
 _FUSED_ROTARY, _FUSED_ROW, _FUSED_ROW_IN_CHUNKS = 2.0, 17.4, 15.4
-_FUSED_ROW_WITH_LORAS = (
-    18.9  # whose branches want a layer's 16-bit rows beside the int8 ones; in chunks that is less than the rest
-)
+_FUSED_ROW_WITH_LORAS = 18.9
 # Of a VAE, bytes a pixel for each byte of a number. The encoder's were counted only.
 _DECODE, _ENCODE = 51.5, 61.0
 # Of a sliced decode. Each layer of the last three stages keeps the columns that its next slice needs: 22 in a stage, of 32,
