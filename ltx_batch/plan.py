@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from ltx_batch.admission import Admission
-from ltx_batch.errors import CheckpointError, InvalidRow, RowIssue, job_issue
+from ltx_batch.errors import CheckpointError, InvalidRow, PrecisionError, RowIssue, job_issue
 from ltx_batch.foresight import foresee, model_sizes, text_sizes_of
 from ltx_batch.job import JobSpec, ModelSpec
 from ltx_batch.ledger import Ledger
@@ -235,6 +235,8 @@ def _sizes(model: ModelSpec, options: Mapping[str, Any]) -> tuple[ModelSizes | N
         return None, []
     try:
         return model_sizes(model, options), []
+    except PrecisionError:  # among foresight's errors
+        return None, []
     except CheckpointError as error:
         return None, [job_issue("model.checkpoint", model.checkpoint, f"memory is not told: {error}")]
 
@@ -245,6 +247,8 @@ def _text_sizes(job: JobSpec, sizes: ModelSizes | None) -> tuple[TextSizes | Non
         return None, []
     try:
         return text_sizes_of(job.model, sizes.number_bytes, job.storage.options), []
+    except PrecisionError:
+        return None, []
     except CheckpointError as error:
         return None, [job_issue("model.text_encoder", job.model.text_encoder, f"its memory is not told: {error}")]
 

@@ -140,6 +140,10 @@ def test_precisions_that_the_files_cannot_have_are_errors(tiny: Path, tmp_path: 
     assert all("quantised already" in str(error) for error in errors)
     with pytest.raises(LtxBatchError, match="quantised already"):
         run(job)
+    for device in ("cpu", "auto"):
+        assert told(make_plan(job_of(tmp_path, checkpoint=folder, precision="int8", device=device)).warnings) == [
+            ("model.precision", "int8")
+        ]
     (error,) = check(job_of(tmp_path, checkpoint=str(tiny), precision="int8", skip_modules=["nothing"])).errors
     assert error.column == "model.precision" and "skip_modules: nothing matches no linear layer" in str(error)
 
