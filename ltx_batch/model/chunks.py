@@ -7,7 +7,7 @@ product's rounding may change: a library may compute other row counts otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -49,26 +49,34 @@ def in_chunks(transformer: Any, chunk_tokens: int | None) -> Iterator[None]:
         yield
         return
     blocks = transformer.transformer_blocks
-    own = all(isinstance(block, LTXVideoTransformerBlock) for block in blocks)
+    with ExitStack() as stack:
+        if all(isinstance(block, LTXVideoTransformerBlock) for block in blocks):
+            # The rotary module's own: a hook of accelerate would bring the tables of every block to the first device.
+            rope = partial(type(transformer.rope).forward, transformer.rope)
+            stack.enter_context(_forward(transformer.rope, partial(_rotary_parts, rope, chunk_tokens)))
+            for block in blocks:
+                stack.enter_context(_forward(block.ff, partial(_feed_forward, block.ff.forward, chunk_tokens)))
+        else:
+            stack.callback(_tell, blocks, None)
+            _tell(blocks, chunk_tokens)
+        yield
+
+
+@contextmanager
+def _forward(layer: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    before = vars(layer).get("forward")
+    layer.forward = forward
     try:
-        if own:
-            _patch(transformer.rope, _rotary_parts, chunk_tokens)
-        for block in blocks:
-            if own:
-                _patch(block.ff, _feed_forward, chunk_tokens)
-            else:
-                block.chunk_tokens = chunk_tokens
         yield
     finally:
-        transformer.rope.__dict__.pop("forward", None)
-        for block in blocks:
-            block.ff.__dict__.pop("forward", None)
-            if not own:
-                block.chunk_tokens = None
+        del layer.forward
+        if before is not None:  # a hook's
+            layer.forward = before
 
 
-def _patch(layer: Any, forward: Callable[..., Any], chunk_tokens: int) -> None:
-    layer.forward = partial(forward, layer.forward, chunk_tokens)
+def _tell(blocks: Any, chunk_tokens: int | None) -> None:
+    for block in blocks:
+        block.chunk_tokens = chunk_tokens
 
 
 def _rotary_parts(

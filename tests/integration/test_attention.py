@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers import LTXVideoTransformer3DModel
 from job_runs import make_job, write_manifest
 from torch import nn
@@ -211,6 +212,18 @@ def test_blocks_of_another_kind_are_told(transformer: Any) -> None:
         assert [block.chunk_tokens for block in blocks] == [7] * 4
         assert "forward" not in vars(transformer.rope)
     assert [block.chunk_tokens for block in blocks] == [None] * 4
+
+
+def test_tables_of_a_chunk_lie_where_its_block_does(transformer: Any) -> None:
+    """accelerate's hook of a dealt transformer brings what the rotary module gives to the first device, here to none."""
+    use_kernel(transformer)
+    expected = forward(transformer)
+    add_hook_to_module(transformer.rope, AlignDevicesHook(execution_device="meta"))
+    hooked = transformer.rope.forward
+    with in_chunks(transformer, 10):
+        found = forward(transformer)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    assert transformer.rope.forward is hooked
 
 
 # shards
