@@ -6,6 +6,7 @@ import hashlib
 import json
 import socket
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ltx_batch.request import canonical
 from ltx_batch.storage import FileRef
 
 Reading = Callable[[], AbstractContextManager[None]]
+_HASHED_AT_ONCE = 4
 _ADVICE = (
     "Weights changed after the run began, or differ from machine to machine: bring the files of the recipe back, or start "
     "the job again, which then is another run under other keys"
@@ -57,17 +59,26 @@ class Expected:
     @contextmanager
     def weights(self) -> Iterator[None]:
         """For reading all but the text encoder. Raises CheckpointError unless the files are the recipe's, before and after:
-        hashes are remembered by path, size and time, so that the second look costs nothing."""
-        self._check(lambda name: not is_text(name))
-        yield
-        self._check(lambda name: not is_text(name))
+        hashes are remembered by path, size and time, so that the second look costs nothing. The first goes on meanwhile,
+        and what it finds comes before what came of it."""
+        with self._checked(lambda name: not is_text(name)):
+            yield
 
     @contextmanager
     def text(self) -> Iterator[None]:
         """The same for reading text encoder and tokenizer."""
-        self._check(is_text)
-        yield
-        self._check(is_text)
+        with self._checked(is_text):
+            yield
+
+    @contextmanager
+    def _checked(self, wanted: Callable[[str], bool]) -> Iterator[None]:
+        with ThreadPoolExecutor(1) as beside:
+            first = beside.submit(self._check, wanted)
+            try:
+                yield
+            finally:
+                first.result()
+        self._check(wanted)
 
     def _check(self, wanted: Callable[[str], bool]) -> None:
         if self.sha256 is None:
@@ -78,7 +89,11 @@ class Expected:
         faults += [
             f"{found[name].uri} is there, and the recipe has no such file" for name in found if name not in expected
         ]
-        faults += [fault for name in expected if name in found and (fault := _differs(found[name], expected[name]))]
+        both = [name for name in expected if name in found]
+        with ThreadPoolExecutor(_HASHED_AT_ONCE) as pool:
+            faults += filter(
+                None, pool.map(_differs, [found[name] for name in both], [expected[name] for name in both])
+            )
         if faults:
             raise CheckpointError(f"on {socket.gethostname()}: {'; '.join(faults)}. {_ADVICE}")
 

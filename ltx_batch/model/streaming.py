@@ -1,15 +1,17 @@
 """Weights from files into a module, piece by piece: no file is ever held whole beside them, and none is mapped.
 
 Libraries map a file and cast it tensor by tensor, and the mapped pages stay beside the cast ones to the end: three times
-the weights for fp32 on disk and bf16 in memory. Here the host holds the weights that stay there and one piece.
+the weights for fp32 on disk and bf16 in memory. Here the host holds the weights that stay there and a few pieces.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import groupby
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import nn
@@ -17,7 +19,8 @@ from torch import nn
 from ltx_batch.errors import CheckpointError
 from ltx_batch.tensor_file import ITEM_BYTES, StoredTensor
 
-_PIECE_BYTES = 2**20
+_PIECE_BYTES = {"cpu": 2**19, "cuda": 2**22}  # a copy to a GPU takes its time to begin
+_READERS = 8  # one alone waits for the disk, and then the disk for it
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -37,18 +40,17 @@ def fill(module: nn.Module, tensors: Mapping[str, StoredTensor], dtype: torch.dt
     or some of them: the rest stays as it is. Raises CheckpointError where a file has shrunk since its header was read.
     """
     homes = module.state_dict(keep_vars=True)
-    piece = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
     filled: dict[int, torch.Tensor] = {}
-    ordered = sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start))
-    for file, entries in groupby(ordered, key=lambda item: item[1].file):
-        with Path(file).open("rb", buffering=0) as stream:
-            for name, stored in entries:
-                if id(homes[name]) not in filled:
-                    owner, _, leaf = name.rpartition(".")
-                    own = getattr(module.get_submodule(owner), "STORED", {}).get(leaf, dtype)
-                    weight = _read(stream, stored, own, device, piece)
-                    trainable = isinstance(homes[name], nn.Parameter)
-                    filled[id(homes[name])] = nn.Parameter(weight, requires_grad=False) if trainable else weight
+    reads: list[tuple[StoredTensor, torch.Tensor]] = []
+    for name, stored in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start)):
+        if id(homes[name]) not in filled:
+            owner, _, leaf = name.rpartition(".")
+            own = getattr(module.get_submodule(owner), "STORED", {}).get(leaf, dtype)
+            weight = torch.empty(stored.shape, dtype=own, device=device)
+            reads.append((stored, weight))
+            trainable = isinstance(homes[name], nn.Parameter)
+            filled[id(homes[name])] = nn.Parameter(weight, requires_grad=False) if trainable else weight
+    _read(reads, device)
     for name, home in homes.items():
         if id(home) in filled:
             owner, _, leaf = name.rpartition(".")
@@ -81,27 +83,51 @@ def check_tensors(module: nn.Module, tensors: Mapping[str, StoredTensor], source
             )
 
 
-def _read(
-    stream: IO[bytes], stored: StoredTensor, dtype: torch.dtype, device: torch.device, piece: torch.Tensor
-) -> torch.Tensor:
-    weight = torch.empty(stored.shape, dtype=dtype, device=device)
-    flat = weight.view(-1)
-    stream.seek(stored.start)
-    if device.type == "cpu" and _DTYPES[stored.dtype] == dtype:
-        _read_bytes(stream, flat.view(torch.uint8), stored)
-        return weight
-    item_bytes = ITEM_BYTES[stored.dtype]
-    for part in flat.split(_PIECE_BYTES // item_bytes):
-        held = piece[: part.numel() * item_bytes]
-        _read_bytes(stream, held, stored)
-        part.copy_(held.view(_DTYPES[stored.dtype]))
-    return weight
+def _read(reads: Sequence[tuple[StoredTensor, torch.Tensor]], device: torch.device) -> None:
+    """Each tensor from its place. Threads read ahead, and this one casts and copies: work on a CPU from several threads
+    would start a team of OpenMP's for each."""
+    piece_bytes = _PIECE_BYTES[device.type]
+    held = [torch.empty(piece_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda") for _ in range(_READERS)]
+    waiting: deque[tuple[Future[None], torch.Tensor, torch.Tensor]] = deque()
+
+    def take() -> None:
+        read, source, part = waiting.popleft()
+        read.result()
+        if source.data_ptr() != part.data_ptr():
+            part.copy_(source)
+
+    with ExitStack() as files, ThreadPoolExecutor(_READERS) as readers:
+        handles = {
+            file: files.enter_context(Path(file).open("rb", buffering=0)).fileno()
+            for file in {stored.file for stored, _ in reads}
+        }
+        for number, (stored, start, part) in enumerate(_pieces(reads, piece_bytes)):
+            if len(waiting) == _READERS:
+                take()
+            kind = _DTYPES[stored.dtype]
+            straight = device.type == "cpu" and kind == part.dtype
+            source = part if straight else held[number % _READERS][: part.numel() * kind.itemsize].view(kind)
+            read = readers.submit(_read_bytes, handles[stored.file], start, source, stored.file)
+            waiting.append((read, source, part))
+        while waiting:
+            take()
 
 
-def _read_bytes(stream: IO[bytes], target: torch.Tensor, stored: StoredTensor) -> None:
-    view = memoryview(target.numpy())  # type: ignore[arg-type] # an array is a buffer
+def _pieces(
+    reads: Iterable[tuple[StoredTensor, torch.Tensor]], piece_bytes: int
+) -> Iterator[tuple[StoredTensor, int, torch.Tensor]]:
+    """Of each tensor its pieces: where in the file they begin, and where they go."""
+    for stored, weight in reads:
+        start = stored.start
+        for part in weight.view(-1).split(piece_bytes // ITEM_BYTES[stored.dtype]):
+            yield stored, start, part
+            start += part.numel() * ITEM_BYTES[stored.dtype]
+
+
+def _read_bytes(handle: int, start: int, target: torch.Tensor, file: str) -> None:
+    view = memoryview(target.view(torch.uint8).numpy())  # type: ignore[arg-type] # an array is a buffer
     while view:
-        count = stream.readinto(view)  # type: ignore[attr-defined] # at most 2 GiB at a time, and less on some systems
+        count = os.preadv(handle, [view], start)
         if not count:
-            raise CheckpointError(f"{stored.file} ended while it was read: did something write to it?")
-        view = view[count:]
+            raise CheckpointError(f"{file} ended while it was read: did something write to it?")
+        view, start = view[count:], start + count

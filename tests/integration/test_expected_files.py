@@ -85,6 +85,15 @@ def test_a_worker_refuses_weights_that_changed_since_the_run_began(tiny: Path, t
         assert part in str(refused.value)
 
 
+def test_what_changed_is_told_before_what_came_of_it(tiny: Path, tmp_path: Path) -> None:
+    """Hashes are taken while the files are read, and one that is no checkpoint any more cannot be."""
+    plan = plan_of(job_of(tmp_path))
+    weights = tiny / "transformer" / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=rf"{WEIGHTS} has sha256"):
+        Worker(plan)
+
+
 def _drop_file(folder: Path) -> None:
     (folder / "tokenizer" / "special_tokens_map.json").unlink(missing_ok=True)
     (folder / "scheduler" / "scheduler_config.json").unlink()
