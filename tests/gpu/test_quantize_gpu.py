@@ -14,6 +14,7 @@ from ltx_batch.errors import PrecisionError
 from ltx_batch.model.checkpoint import load_checkpoint
 from ltx_batch.model.quantize import ops, reference
 from ltx_batch.model.quantize.apply import apply_policy
+from ltx_batch.model.quantize.block import FusedBlock
 from ltx_batch.model.quantize.fp8 import Fp8Linear, check_device
 from ltx_batch.model.quantize.linear import Int8Linear
 from ltx_batch.model.quantize.policy import precision
@@ -223,6 +224,38 @@ def test_compiled_blocks_compute_the_same(wide: Path) -> None:
     with text_kept(quantised):
         assert distance(call(quantised), expected) < 1e-2
         assert distance(call(quantised), expected) < 1e-2
+
+
+def test_the_kernels_of_a_first_call_are_compiled_before_it(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of a block's side by side, and none as it is launched."""
+    import triton
+
+    from ltx_batch.model.quantize.kernels import product, rotary, rows, start, text
+
+    for module in (product, rotary, rows, text):
+        for kernel in vars(module).values():
+            if isinstance(kernel, triton.JITFunction):
+                kernel.device_caches.clear()  # what other tests compiled
+    monkeypatch.setattr(start, "_known", {})
+    compiled: list[str] = []
+    monkeypatch.setattr(triton.knobs.compilation, "listener", lambda **event: compiled.append(event["src"].name))
+    calls: list[tuple[bool, int, int]] = []
+    compute = FusedBlock._compute
+
+    def watched(*given: Any) -> torch.Tensor:
+        before = len(compiled)
+        out = compute(*given)
+        calls.append((start.building(), before, len(compiled)))
+        return out
+
+    monkeypatch.setattr(FusedBlock, "_compute", watched)
+    quantised = model(wide, "int8")
+    first = call(quantised)
+    assert len(set(compiled)) >= 5 and any(built for built, _, _ in calls)
+    assert all(before == after for built, before, after in calls if not built)
+    calls.clear()
+    assert torch.equal(call(quantised), first)
+    assert [built for built, _, _ in calls] == [False] * WIDE["num_layers"]
 
 
 def test_what_works_once_a_clip_waits_in_host_memory(wide: Path) -> None:

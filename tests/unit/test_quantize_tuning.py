@@ -16,6 +16,7 @@ from ltx_batch.model.quantize.kernels.product import TILES, adjacent
 from ltx_batch.model.quantize.kernels.product import tuner as product_tuner
 from ltx_batch.model.quantize.kernels.rows import row_bytes
 from ltx_batch.model.quantize.kernels.rows import tuner as row_tuner
+from ltx_batch.model.quantize.kernels.start import building, only_building
 from ltx_batch.model.quantize.kernels.store import read_choice, write_choice
 from ltx_batch.model.quantize.kernels.tune import Tuner, bucket
 
@@ -44,10 +45,6 @@ def timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[int, float]:
 
 def answer(way: Way) -> torch.Tensor:
     return torch.tensor([float(way.number), 1e6])
-
-
-def built(way: Way) -> None:
-    """Nothing is compiled here."""
 
 
 # what fits
@@ -95,14 +92,14 @@ def test_the_fastest_that_fits_is_chosen_once_and_remembered(timed: dict[int, fl
         return answer(way)
 
     tuner = Tuner("some", ways)
-    assert tuner.choose(GPU, (4, 5), run, built) == tuner.choose(GPU, (4, 5), run, built) == Way(2)
+    assert tuner.choose(GPU, (4, 5), run) == tuner.choose(GPU, (4, 5), run) == Way(2)
     assert set(launched) == {1, 2}
     assert json.loads((tmp_path / "gpu.json").read_text()) == {"some": {"4x5": {"number": 2, "shared": 0}}}
     launched.clear()
-    assert Tuner("some", ways).choose(GPU, (4, 5), run, built) == Way(2)  # another process
+    assert Tuner("some", ways).choose(GPU, (4, 5), run) == Way(2)  # another process
     assert launched == []
     ways = [Way(1), Way(4)]  # no such way now
-    assert Tuner("some", ways).choose(GPU, (4, 5), lambda way: answer(Way(1)), built) == Way(1)
+    assert Tuner("some", ways).choose(GPU, (4, 5), lambda way: answer(Way(1))) == Way(1)
 
 
 def test_wrong_and_broken_ways_are_left_out(timed: dict[int, float], caplog: pytest.LogCaptureFixture) -> None:
@@ -113,7 +110,7 @@ def test_wrong_and_broken_ways_are_left_out(timed: dict[int, float], caplog: pyt
             raise RuntimeError("out of resources")
         return answer(way) if way.number == 1 else 2 * answer(way)
 
-    assert Tuner("some", [Way(1), Way(2), Way(3)]).choose(GPU, (1,), run, built) == Way(1)
+    assert Tuner("some", [Way(1), Way(2), Way(3)]).choose(GPU, (1,), run) == Way(1)
     assert "out of resources" in caplog.text and "computes something else" in caplog.text
 
 
@@ -127,7 +124,7 @@ def test_a_way_that_writes_where_the_others_wrote_is_still_found_wrong(timed: di
             return out.copy_(answer(way))
         return out if written == "nothing" else out.copy_(2 * answer(way))
 
-    assert Tuner("some", [Way(1), Way(2)]).choose(GPU, (1,), run, built) == Way(1)
+    assert Tuner("some", [Way(1), Way(2)]).choose(GPU, (1,), run) == Way(1)
 
 
 def test_all_that_fit_are_compiled_before_one_is_timed(timed: dict[int, float]) -> None:
@@ -135,12 +132,33 @@ def test_all_that_fit_are_compiled_before_one_is_timed(timed: dict[int, float]) 
     seen: list[str] = []
 
     def run(way: Way) -> torch.Tensor:
-        seen.append(f"run {way.number}")
+        seen.append(f"{'build' if building() else 'run'} {way.number}")
         return answer(way)
 
     ways = [Way(1), Way(2), Way(3, shared=101)]
-    Tuner("some", ways).choose(GPU, (1,), run, lambda way: seen.append(f"build {way.number}"))
+    Tuner("some", ways).choose(GPU, (1,), run)
     assert seen[:3] == ["build 1", "build 2", "run 1"]
+
+
+def test_while_kernels_are_built_nothing_is_chosen(timed: dict[int, float], tmp_path: Path) -> None:
+    timed |= {1: 3.0, 2: 2.0}
+    seen: list[int] = []
+
+    def run(way: Way) -> torch.Tensor:
+        seen.append(way.number)
+        if way.number == 1:
+            raise RuntimeError("what the binder refuses")
+        return answer(way)
+
+    tuner = Tuner("some", [Way(1), Way(2), Way(3, shared=101)])
+    with only_building():
+        tuner.choose(GPU, (1,), run)
+    assert seen == [1, 2] and not (tmp_path / "gpu.json").exists()
+    assert tuner.choose(GPU, (1,), run) == Way(2)
+    seen.clear()
+    with only_building():
+        assert tuner.choose(GPU, (1,), run) == Way(2)
+    assert seen == [], "a choice is known: it is for the caller to build"
 
 
 def test_no_way_at_all_is_an_error_with_a_way_out(timed: dict[int, float]) -> None:
@@ -150,7 +168,7 @@ def test_no_way_at_all_is_an_error_with_a_way_out(timed: dict[int, float]) -> No
     with pytest.raises(
         PrecisionError, match=r"no launch of some runs on this GPU; use precision bf16.*no kernel image"
     ):
-        Tuner("some", [Way(1)]).choose(GPU, (1,), run, built)
+        Tuner("some", [Way(1)]).choose(GPU, (1,), run)
 
 
 def test_no_memory_is_no_fault_of_a_way(timed: dict[int, float]) -> None:
@@ -158,7 +176,7 @@ def test_no_memory_is_no_fault_of_a_way(timed: dict[int, float]) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        Tuner("some", [Way(1)]).choose(GPU, (1,), run, built)
+        Tuner("some", [Way(1)]).choose(GPU, (1,), run)
 
 
 # what is stored

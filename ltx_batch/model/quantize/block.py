@@ -8,7 +8,7 @@ the row is: rounding there would take another pass anyhow, and in that pass GELU
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Self
 
 import torch
@@ -37,11 +37,14 @@ class FusedBlock(nn.Module):
     Hooks stay what they are: a layer that has some is called, and so is `attn1` as a whole where it has some.
     """
 
-    def __init__(self, block: LTXVideoTransformerBlock, number: int, text: TextRows) -> None:
+    def __init__(
+        self, block: LTXVideoTransformerBlock, number: int, text: TextRows, built: set[Hashable] | None = None
+    ) -> None:
         super().__init__()
         self.norm1, self.attn1, self.norm2, self.attn2 = block.norm1, block.attn1, block.norm2, block.attn2
         self.ff, self.scale_shift_table = block.ff, block.scale_shift_table
         self._number, self._text = number, text
+        self._built = set() if built is None else built  # kinds of calls, of all blocks
         self.chunk_tokens: int | None = None  # tokens that the feed-forward works on at a time; None for all
         self._compiled: Callable[..., torch.Tensor] | None = None
         self._pack()
@@ -56,8 +59,26 @@ class FusedBlock(nn.Module):
     ) -> torch.Tensor:
         """As diffusers' block; `image_rotary_emb` are HalfRope's tables."""
         keys, values = self._text.of(self._number, encoder_hidden_states, self._project)
-        run = self._compiled or self._compute
-        return run(hidden_states, temb, *image_rotary_emb, keys, values, self._text.mask(encoder_attention_mask))
+        given = (hidden_states, temb, *image_rotary_emb, keys, values, self._text.mask(encoder_attention_mask))
+        if self._compiled is not None:
+            return self._compiled(*given)
+        if hidden_states.is_cuda and not _hooked(self.attn1):
+            self._build(*given)
+        return self._compute(*given)
+
+    def _build(self, *given: Any) -> None:
+        """Compile the kernels of a call that is the first of its kind."""
+        attention, feed_forward = (self.attn1.to_q, self.attn1.to_out[0]), (self.ff.net[0].proj, self.ff.net[2])
+        layers = (*attention, self.attn2.to_q, self.attn2.to_out[0], *feed_forward)
+        shapes = (None if tensor is None else tensor.shape for tensor in given)
+        kind = (*map(type, layers), *shapes, given[0].dtype, given[0].device, self.chunk_tokens)
+        if kind in self._built or torch.cuda.is_current_stream_capturing():
+            return
+        self._built.add(kind)
+        from ltx_batch.model.quantize.kernels.start import only_building
+
+        with only_building():
+            self._compute(*given)  # of numbers that nobody wrote
 
     def read_text(self, encoder_hidden_states: torch.Tensor) -> None:
         """Work out the keys and values of prompts that are new, as a call does first."""
@@ -213,8 +234,9 @@ def fuse_blocks(transformer: Any) -> int:
     if not all(_fits(block) for block in blocks):
         return 0
     text = TextRows()
+    built: set[Hashable] = set()
     for number, block in enumerate(blocks):
-        blocks[number] = FusedBlock(block, number, text)
+        blocks[number] = FusedBlock(block, number, text, built)
     transformer.rope = HalfRope.of(transformer.rope)
     transformer._repeated_blocks = [FusedBlock.__name__]  # what diffusers' compile_repeated_blocks looks for
     watch(transformer, text)

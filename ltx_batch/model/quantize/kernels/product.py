@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -298,15 +298,14 @@ def int8_product(
     out = torch.empty(count, columns * len(weights), dtype=dtype, device=rows.device)
     gate = None if table is None or temb is None else (table[slot], temb[:, slot * columns :])
 
-    def run(tile: Tile, *, only_build: bool = False) -> torch.Tensor:
-        launch(tile, rows, row_scales, weights, scales, biases, out, residual, gate, only_build=only_build)
+    def run(tile: Tile) -> torch.Tensor:
+        launch(tile, rows, row_scales, weights, scales, biases, out, residual, gate)
         return out
 
     described = _is_hopper(rows.device) and channels % 16 == 0 and adjacent(weights)
     shape = (bucket(count), columns, channels, len(weights), int(described))
     # What follows the sums is not in the shape, so that all products of one size share a choice.
-    build = partial(run, only_build=True)
-    return run(tuner(described=described).choose(rows.device, shape, run, build))
+    return run(tuner(described=described).choose(rows.device, shape, run))
 
 
 def launch(
@@ -319,8 +318,6 @@ def launch(
     out: torch.Tensor,
     residual: torch.Tensor | None,
     gate: tuple[torch.Tensor, torch.Tensor] | None,
-    *,
-    only_build: bool = False,
 ) -> None:
     """Compute `out` [M, N * parts] with this tile; `gate` is a line [N] and lines [R, N or more] to add to it."""
     count, parts = rows.shape[0], len(weights)
@@ -358,7 +355,6 @@ def launch(
         descriptors=descriptors,
         warps=tile.warps,
         stages=tile.stages,
-        only_build=only_build,
     )
 
 

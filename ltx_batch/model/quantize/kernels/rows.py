@@ -8,7 +8,7 @@ there are four such runs, and the 4 x 4 matrix over them is sums in registers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 
 import torch
 import triton
@@ -204,15 +204,14 @@ def _launch(
         "blocks": blocks_of(channels, group),
     }
 
-    def run(launch: RowLaunch, *, only_build: bool = False) -> torch.Tensor:
+    def run(launch: RowLaunch) -> torch.Tensor:
         programs = min(rows, launch.programs * multiprocessors(x.device)) if launch.programs else rows
-        stages = launch.stages
-        start(row_kernel, programs, tensors, numbers, constants, warps=WARPS, stages=stages, only_build=only_build)
+        start(row_kernel, programs, tensors, numbers, constants, warps=WARPS, stages=launch.stages)
         return out
 
     variant = (bucket(rows), channels, group, int(table is not None), int(lines == 1), int(gelu), int(quantize))
     choices = tuner(row_bytes(channels, lines=table is not None and lines > 1))
-    run(choices.choose(x.device, variant, run, partial(run, only_build=True)))
+    run(choices.choose(x.device, variant, run))
 
 
 def row_bytes(channels: int, *, lines: bool) -> int:

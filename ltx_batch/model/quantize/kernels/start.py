@@ -1,18 +1,46 @@
-"""Launches of a kernel that was launched before, without Triton's second look at every argument.
+"""Launches of kernels, the first one and all later ones.
 
-Short sequences wait for launches: a block takes some fourteen of them, and each costs more time in Python than on the GPU.
+A kernel is compiled where it is first launched, and a block's kernels one after the other take twenty seconds: so they are
+compiled side by side before. Later launches go without Triton's second look at every argument: short sequences wait for
+launches, as a block takes some fourteen of them, and each costs more time in Python than on the GPU.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
+import triton
 
 _ALIGN_BYTES = 16  # what Triton counts on where an address is a multiple of it
 # Compiled kernels by all that Triton makes them of: a GPU, types, numbers and constants.
 _known: dict[tuple[Any, ...], Any] = {}
+_building: ContextVar[bool] = ContextVar("building", default=False)
+
+
+@contextmanager
+def only_building() -> Iterator[None]:
+    """Launches are not made within it: their kernels are compiled, side by side, and are ready when it ends. What a compiler
+    refuses is found out when it is launched."""
+    with (
+        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+        triton.AsyncCompileMode(pool, ignore_errors=True),
+    ):
+        token = _building.set(True)
+        try:
+            yield
+        finally:
+            _building.reset(token)
+
+
+def building() -> bool:
+    """Whether this is within `only_building`."""
+    return _building.get()
 
 
 def start(
@@ -25,25 +53,24 @@ def start(
     descriptors: tuple[Any, ...] = (),
     warps: int,
     stages: int = 3,
-    only_build: bool = False,
 ) -> None:
-    """Launch so many programs of a kernel, or only compile what that launch would take.
+    """Launch so many programs of a kernel, or only compile what that launch would take: see `only_building`.
 
     The kernel's parameters are `descriptors`, `tensors`, `numbers` and `constants`, in this order. Products and sums are
     rounded one by one, as on the CPU, so that all launches compute the same bits.
     """
     device = tensors[0].device
-    arguments = (*descriptors, *tensors, *numbers)
-    if only_build or device.type != "cuda":  # not a GPU: Triton's interpreter
-        options = {**constants, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
-        if only_build:
-            kernel.warmup(*arguments, grid=(programs,), **options)
-        else:
-            kernel[(programs,)](*arguments, **options)
-        return
-    if device.index != torch.cuda.current_device():
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             start(kernel, programs, tensors, numbers, constants, descriptors=descriptors, warps=warps, stages=stages)
+        return
+    arguments = (*descriptors, *tensors, *numbers)
+    options = {**constants, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
+    if building():
+        kernel.warmup(*arguments, grid=(programs,), **options)
+        return
+    if device.type != "cuda":  # Triton's interpreter
+        kernel[(programs,)](*arguments, **options)
         return
     values = tuple(constants.values())
     addresses = 0
@@ -55,6 +82,6 @@ def start(
     if known is not None:
         known[(programs, 1, 1)](*arguments, *values)
         return
-    built = kernel[(programs,)](*arguments, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+    built = kernel[(programs,)](*arguments, **options)
     if aligned:
         _known[key] = built

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import cache
 from itertools import pairwise
@@ -23,6 +23,7 @@ import triton
 from triton.runtime import driver
 
 from ltx_batch.errors import PrecisionError
+from ltx_batch.model.quantize.kernels.start import building, only_building
 from ltx_batch.model.quantize.kernels.store import read_choice, write_choice
 
 log = logging.getLogger(__name__)
@@ -56,19 +57,20 @@ class Tuner(Generic[Choice]):
         device: torch.device,
         shape: tuple[int, ...],
         run: Callable[[Choice], torch.Tensor],
-        build: Callable[[Choice], object],
     ) -> Choice:
-        """The fastest candidate for `shape` on this GPU; `run` launches one and returns what it computes, `build` only
-        compiles it.
+        """The fastest candidate for `shape` on this GPU; `run` launches one and returns what it computes.
 
-        Raises PrecisionError where none runs.
+        Within `only_building` all are compiled of which one must be chosen yet. Raises PrecisionError where none runs.
         """
         if device.type != "cuda":  # Triton's interpreter
             return self._candidates[0]
         found = self._chosen.get((device.index, shape))
         if found is None:
             name = "x".join(map(str, shape))
-            found = self._recall(device, name) or self._time(device, name, run, build)
+            found = self._recall(device, name)
+            if found is None and building():
+                return self._build(device, run)
+            found = found or self._time(device, name, run)
             self._chosen[device.index, shape] = found
         return found
 
@@ -81,19 +83,20 @@ class Tuner(Generic[Choice]):
         stored = read_choice(store_path(device), self._kernel, shape)
         return next((one for one in self._candidates if _numbers(one) == stored), None)
 
-    def _time(
-        self,
-        device: torch.device,
-        shape: str,
-        run: Callable[[Choice], torch.Tensor],
-        build: Callable[[Choice], object],
-    ) -> Choice:
+    def _build(self, device: torch.device, run: Callable[[Choice], torch.Tensor]) -> Choice:
+        fitting = self.fitting(*limits(device))
+        for one in fitting:
+            with suppress(Exception):  # it comes again when that one is run
+                run(one)
+        return fitting[0] if fitting else self._candidates[0]
+
+    def _time(self, device: torch.device, shape: str, run: Callable[[Choice], torch.Tensor]) -> Choice:
         expected: torch.Tensor | None = None
         right: list[Choice] = []
         faults: list[str] = []
-        fitting = self.fitting(*limits(device))
-        build_all(fitting, build)
-        for one in fitting:
+        with only_building():
+            self._build(device, run)
+        for one in self.fitting(*limits(device)):
             try:
                 found = run(one)
                 some = _some_rows(found)
@@ -120,16 +123,6 @@ class Tuner(Generic[Choice]):
         log.debug("%s %s: %s", self._kernel, shape, _told(times_s))
         write_choice(store_path(device), self._kernel, shape, _numbers(best))
         return best
-
-
-def build_all(candidates: Iterable[Choice], build: Callable[[Choice], object]) -> None:
-    """Compile them side by side; what a compiler refuses is found out again when it is run."""
-    with (
-        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
-        triton.AsyncCompileMode(pool, ignore_errors=True),
-    ):
-        for one in candidates:
-            build(one)
 
 
 def limits(device: torch.device) -> tuple[tuple[int, int], int]:
