@@ -180,7 +180,7 @@ def claims(renders: Renders, verb: str) -> None:
 
 
 def cold(renders: Renders, verb: str) -> None:
-    """From the start of a process to its first step: imports, load, the step. Eager, as everything ships."""
+    """From the start of a process to its first step: the load with its imports, the step. Eager, as everything ships."""
     starts = measure_starts(renders.scratch, renders.bench.policy, renders.wanted, tiny=renders.bench.tiny)
     for name, start in starts:
         renders.bench.report(name, start.pop("seconds"), "s", **start)

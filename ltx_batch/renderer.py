@@ -21,6 +21,7 @@ from ltx_batch.model.pipeline_config import PipelineConfig
 from ltx_batch.model.placement import check_name
 from ltx_batch.model.plan import Plan, plan_request
 from ltx_batch.model.quantize import policy
+from ltx_batch.model.read_ahead import read_ahead
 from ltx_batch.model.sources import Sources, find_sources
 from ltx_batch.model.text_key import TextIdentity, encoder_fingerprint
 from ltx_batch.model.text_precision import embedding_precision
@@ -206,14 +207,15 @@ def load_renderer(
     check_built(precision, placement, condition_preprocess)
     policy.resolve_name(text_precision, "cpu")
     check_attention(attention, precision, device)
-    from ltx_batch.model.device import pick_device, use_threads
-    from ltx_batch.model.load import load_pipeline
-    from ltx_batch.model.text_cache import open_text_cache
+    sources, config = _find(checkpoint, pipeline_config, text_encoder, upsampler, options)
+    with read_ahead(sources.weights_here(with_text=text == "inline")):
+        from ltx_batch.model.device import pick_device, use_threads
+        from ltx_batch.model.load import load_pipeline
+        from ltx_batch.model.text_cache import open_text_cache
 
     if torch_threads is not None:
         use_threads(torch_threads)
     place = pick_device(device)
-    sources, config = _find(checkpoint, pipeline_config, text_encoder, upsampler, options)
     if recipe is not None and pipeline_config is not None:
         check_config(recipe, pipeline_config, config)
     stored = transformer_stored(sources.checkpoint, options)

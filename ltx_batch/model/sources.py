@@ -24,7 +24,7 @@ from ltx_batch.model.pipeline_config import FILE_NAME, PipelineConfig, load_pipe
 from ltx_batch.model.sigmas import SchedulerConfig
 from ltx_batch.model.single_file import read_checkpoint_file
 from ltx_batch.model.text_key import is_text
-from ltx_batch.storage import FileRef, read_uri
+from ltx_batch.storage import FileRef, is_local_uri, read_uri
 from ltx_batch.tensor_file import read_tensor_file
 
 Options = Mapping[str, Any] | None
@@ -81,6 +81,16 @@ class Sources:
         if SCHEDULER_FILE not in files:
             raise CheckpointError(f"{self.checkpoint} lacks {SCHEDULER_FILE}; it holds {', '.join(sorted(files))}")
         return SchedulerConfig.parse(read_uri(files[SCHEDULER_FILE].uri, options), source=SCHEDULER_FILE)
+
+    def weights_here(self, *, with_text: bool) -> list[Path]:
+        """Files of weights that are named by a path of this machine, in the order in which they are loaded."""
+        named = (self.checkpoint, self.upsampler, self.text_encoder if with_text else None)
+        found: dict[str, FileRef] = {}
+        for name in named:
+            if name is not None and is_local_uri(name) and Path(name).exists():
+                found |= checkpoint_files(name)
+        own = [name for name in found if name.endswith(".safetensors") and (with_text or not is_text(name))]
+        return [Path(found[name].uri) for name in sorted(own, key=is_text)]
 
     def at(self, checkpoint: Path, *, text_encoder: Path | None, upsampler: Path | None) -> Sources:
         """The same, by the places on this machine to which everything was brought."""
