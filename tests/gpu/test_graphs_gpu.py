@@ -30,7 +30,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(tiny: Path, *, plain: bool, **options: Any) -> LtxRenderer:
-    renderer = load_renderer(str(tiny), **{"device": "cuda", "attention": "native", **options})
+    renderer = load_renderer(str(tiny), **{"device": "cuda", "precision": "bf16", "attention": "native", **options})
     if plain:
         renderer._pipeline._graphs._failed = True
     return renderer

@@ -48,8 +48,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def loaded(tiny: Path, **options: Any) -> LtxRenderer:
-    """With torch's own attention: kernels that a stopwatch chooses may differ from one renderer to the next."""
-    return load_renderer(str(tiny), **{"device": "cuda", "attention": "native", **options})
+    """With precision and attention by name: what a stopwatch chooses may differ from one renderer to the next."""
+    return load_renderer(str(tiny), **{"device": "cuda", "precision": "bf16", "attention": "native", **options})
 
 
 def one(renderer: LtxRenderer, request: RenderRequest = REQUEST) -> Clip:

@@ -63,7 +63,7 @@ def test_auto_is_what_is_fastest_on_a_gpu(tiny: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bnb-int8", "int8", "int8-weight"])
 def test_the_same_bits_come_again(tiny: Path, precision: str) -> None:
-    options: dict[str, Any] = {"precision": precision, "device": "cuda"}
+    options: dict[str, Any] = {"precision": precision, "device": "cuda", "attention": "native"}
     first, second = (load_renderer(str(tiny), **options).render([REQUEST])[0] for _ in range(2))
     assert first.frames_sha256() == second.frames_sha256()
 

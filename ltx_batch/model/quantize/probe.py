@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import cache
 from statistics import median
 
 import torch
@@ -33,8 +34,9 @@ def best_precision(channels: int, device: torch.device, *, tokens: int = TOKENS)
     return found
 
 
+@cache
 def best_precision_here(channels: int, tokens: int | None = None) -> Resolved | None:
-    """On the GPU of this process; None where there is none."""
+    """On the GPU of this process, timed once: what is loaded again renders the same bits. None where there is none."""
     if not torch.cuda.is_available():
         return None
     return best_precision(channels, torch.device("cuda", torch.cuda.current_device()), tokens=tokens or TOKENS)
