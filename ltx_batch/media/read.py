@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,10 +51,10 @@ def count_frames(source: str | Path, *, at_most: int) -> int:
     count = _count_pictures(path)
     if count is not None:
         return min(count, at_most)
-    packets, faults = _ffmpeg(
-        path, ["-map", "0:v:0", "-c", "copy", "-frames:v", str(at_most), "-f", "framecrc", "pipe:1"]
-    )
-    _, lines = _framecrc(packets.decode())
+    _, lines, cut, faults = _packets(path, ["-frames:v", str(at_most)])
+    if cut:  # of those that were let through some do not play
+        _, lines, _, faults = _packets(path)
+        lines = lines[:at_most]
     if not lines:
         raise MediaError(f"{path}: no frames in it")
     if faults and len(lines) < at_most:
@@ -85,8 +86,7 @@ def _count_pictures(path: Path) -> int | None:
 def probe_video(source: str | Path) -> tuple[int, int, int, float]:
     """(num_frames, height, width, frame_rate in Hz) of a video, from its packets; nothing is decoded or rotated."""
     path = _existing(source)
-    packets, _ = _ffmpeg(path, ["-map", "0:v:0", "-c", "copy", "-f", "framecrc", "pipe:1"])
-    head, lines = _framecrc(packets.decode())
+    head, lines, _, _ = _packets(path)
     ticks = sum(int(line.split(",")[3]) for line in lines)
     if not lines or not ticks:
         raise MediaError(f"{path}: no frames in it")
@@ -214,7 +214,18 @@ def _split_ppm(data: bytes) -> Frames | None:
     return whole[:, head.end() :].reshape(-1, height, width, 3).copy()
 
 
-def _framecrc(text: str) -> tuple[dict[str, str], list[str]]:
-    lines = [line for line in text.splitlines() if line.strip()]
+def _packets(path: Path, limit: Sequence[str] = ()) -> tuple[dict[str, str], list[str], int, str]:
+    """Of a video's first stream, as ffmpeg's framecrc tells: what its head says, a line each packet that plays, how many do
+    not, since an edit list begins after them, and what ffmpeg found wrong."""
+    data, faults = _ffmpeg(path, ["-map", "0:v:0", "-c", "copy", *limit, "-f", "framecrc", "pipe:1"])
+    lines = [line for line in data.decode().splitlines() if line.strip()]
     head = dict(line[1:].split(": ", 1) for line in lines if line.startswith("#") and ": " in line)
-    return head, [line for line in lines if not line.startswith("#")]
+    packets = [line for line in lines if not line.startswith("#")]
+    played = [line for line in packets if not _is_discarded(line)]
+    return head, played, len(packets) - len(played), faults
+
+
+def _is_discarded(line: str) -> bool:
+    """AV_PKT_FLAG_DISCARD: decoded for the sake of later frames, and not shown."""
+    flags = re.search(r", F=0x([0-9A-F]+)", line)
+    return bool(flags and int(flags.group(1), 16) & 4)

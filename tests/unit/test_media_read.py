@@ -13,7 +13,7 @@ from PIL import Image
 from ltx_batch.clip import Clip
 from ltx_batch.errors import MediaError
 from ltx_batch.job import VideoSpec
-from ltx_batch.media import read_media, write_video
+from ltx_batch.media import count_frames, read_media, write_video
 from ltx_batch.media.read import _stream_colours, probe_video
 
 
@@ -185,6 +185,20 @@ def test_what_is_no_media_is_named_with_its_reason(tmp_path: Path, kind: str) ->
 def test_a_cut_video_still_gives_the_frames_that_are_whole(tmp_path: Path) -> None:
     path = broken(tmp_path, "cut.mp4")
     assert len(read_media(path, num_frames=2)) == 2
+
+
+@pytest.mark.parametrize("begin_s", ["0.3", "1.2"])
+def test_frames_before_the_begin_of_a_cut_do_not_count(tmp_path: Path, begin_s: str) -> None:
+    """Cut without encoding anew a file still holds all since the last key frame, and a list says from where it plays."""
+    whole = encode(tmp_path / "whole.mp4", "-g", "24", "-pix_fmt", "yuv420p", source="testsrc=s=96x64:d=2:r=24")
+    cut = tmp_path / "cut.mp4"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-ss", begin_s, "-i", str(whole), "-c", "copy"]
+    subprocess.run([*command, str(cut)], check=True)
+    frames = len(read_media(cut))
+    assert frames < 48 - 24 * float(begin_s) + 1
+    assert count_frames(cut, at_most=1000) == frames
+    assert count_frames(cut, at_most=frames - 1) == frames - 1
+    assert probe_video(cut)[0] == frames
 
 
 def test_probe_refuses_what_is_no_video(tmp_path: Path) -> None:
