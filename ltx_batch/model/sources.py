@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,13 +84,14 @@ class Sources:
 
     def weights_here(self, *, with_text: bool) -> list[Path]:
         """Files of weights that are named by a path of this machine, in the order in which they are loaded."""
-        named = (self.checkpoint, self.upsampler, self.text_encoder if with_text else None)
-        found: dict[str, FileRef] = {}
-        for name in named:
+        places = [(self.checkpoint, COMPONENTS), (self.upsampler, UPSAMPLER_FOLDERS), (self.text_encoder, TEXT_FOLDERS)]
+        found: list[tuple[str, FileRef]] = []
+        for name, folders in places:
             if name is not None and is_local_uri(name) and Path(name).exists():
-                found |= checkpoint_files(name)
-        own = [name for name in found if name.endswith(".safetensors") and (with_text or not is_text(name))]
-        return [Path(found[name].uri) for name in sorted(own, key=is_text)]
+                with suppress(CheckpointError):  # whoever loads it says so
+                    found += checkpoint_files(name, folders=folders).items()
+        own = [(name, ref) for name, ref in found if name.endswith(".safetensors") and (with_text or not is_text(name))]
+        return [Path(ref.uri) for _, ref in sorted(own, key=lambda file: is_text(file[0]))]
 
     def at(self, checkpoint: Path, *, text_encoder: Path | None, upsampler: Path | None) -> Sources:
         """The same, by the places on this machine to which everything was brought."""

@@ -33,4 +33,7 @@ def test_what_is_loaded_first_is_read_first(tmp_path: Path) -> None:
     weights = [tmp_path / "transformer" / "a.safetensors", upscaler]
     assert sources.weights_here(with_text=False) == weights
     assert sources.weights_here(with_text=True) == [*weights, tmp_path / "text_encoder" / "model.safetensors"]
+    alone = tmp_path / "ltx.safetensors"
+    alone.touch()
+    assert Sources(str(alone), upsampler=str(upscaler)).weights_here(with_text=True) == [alone, upscaler]
     assert Sources("someone/model", text_encoder="s3://bucket/text").weights_here(with_text=True) == []
