@@ -61,9 +61,7 @@ class TextWorker:
         """Have the cache hold every one of `texts`, whole. Raises what a store says that cannot be written."""
         found = self._threads.map(self._cache.get, texts)
         missing = [text for text, tokens in zip(texts, found, strict=True) if tokens is None]
-        writes = [
-            self._threads.submit(self._cache.put, text, self._turns.encoder().encode(text).cpu()) for text in missing
-        ]
+        writes = [self._threads.submit(self._cache.put, text, self._turns.encode(text).cpu()) for text in missing]
         for write in writes:
             write.result()
         return Encoded(len(missing), len(texts) - len(missing))

@@ -139,9 +139,10 @@ class LtxPipeline:
             self.weights_bytes |= {"text_encoder": parts.text.weights_bytes}
             load = partial(TextEncoder.load, parts.text)
             movable = placement in ("auto", "offload")
-            self.turns = Turns(device, load, parts.text.weights_bytes, self.lodging, movable=movable)
-        encoder = None if text_missed is None else partial(_missed, text_missed)
-        self.text = TextSource(device, encoder=encoder if self.turns is None else self.turns.encoder, cache=text_cache)
+            relieve = self._graphs.give_up
+            self.turns = Turns(device, load, parts.text.weights_bytes, self.lodging, movable=movable, relieve=relieve)
+        missed = None if text_missed is None else partial(_missed, text_missed)
+        self.text = TextSource(device, encode=missed if self.turns is None else self.turns.encode, cache=text_cache)
         self.ran: dict[str, Any] = {
             "precision": policy.name,
             "device": device_name(device),
@@ -400,5 +401,5 @@ class LtxPipeline:
         return "another attempt renders it without quantisation; where that is often, use precision bf16"
 
 
-def _missed(error: CheckpointError) -> NoReturn:
+def _missed(error: CheckpointError, text: str) -> NoReturn:
     raise error

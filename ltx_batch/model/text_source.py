@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from ltx_batch.errors import EmbeddingMissing
-from ltx_batch.model.text import Text, TextEncoder
+from ltx_batch.model.text import Text
 from ltx_batch.model.text_cache import TextCache
 from ltx_batch.model.text_key import as_encoded
 
@@ -17,13 +17,13 @@ _REMEMBERED_TEXTS = 64  # 2 MiB each with T5-XXL in bf16
 
 
 class TextSource:
-    """Embeddings on `device`. `encoder` gives the text encoder, ready, and is asked only for what nothing else holds;
-    None: there is none, and a text that the cache lacks raises EmbeddingMissing. `fetch` may be called from any thread."""
+    """Embeddings on `device`. `encode` is `Turns.encode`, and is asked only for what nothing else holds; None: there is no
+    text encoder, and a text that the cache lacks raises EmbeddingMissing. `fetch` may be called from any thread."""
 
     def __init__(
-        self, device: torch.device, *, encoder: Callable[[], TextEncoder] | None, cache: TextCache | None = None
+        self, device: torch.device, *, encode: Callable[[str], torch.Tensor] | None, cache: TextCache | None = None
     ) -> None:
-        self._device, self._encoder, self._cache = device, encoder, cache
+        self._device, self._encode, self._cache = device, encode, cache
         self._prompts, self._negatives = _Recent(), _Recent()
         self._counts: Counter[str] = Counter()
         self._fetched: set[str] = set()
@@ -54,7 +54,7 @@ class TextSource:
         if tokens is not None:
             recent.keep(text, Text.of_tokens(tokens.to(self._device)))
             self._fetched.add(text)
-        elif self._encoder is None:
+        elif self._encode is None:
             raise _missing(text, self._cache)
 
     def taken(self) -> dict[str, int]:
@@ -65,9 +65,9 @@ class TextSource:
     def _obtain(self, text: str) -> tuple[torch.Tensor, str]:
         if self._cache is not None and (tokens := self._cache.get(text)) is not None:
             return tokens, "cache"
-        if self._encoder is None:
+        if self._encode is None:
             raise _missing(text, self._cache)
-        tokens = self._encoder().encode(text)
+        tokens = self._encode(text)
         return tokens if self._cache is None else self._cache.put(text, tokens), "encoder"
 
 

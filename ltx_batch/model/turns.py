@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -15,6 +15,7 @@ from ltx_batch.model.room import (
     ADVICE_ALONE,
     STREAMED_BYTES,
     WORKING_BYTES,
+    Room,
     room_to_encode,
     room_to_render,
 )
@@ -47,7 +48,8 @@ class Turns:
 
     An encoder that does not fit beside the others, or has once left for them, gets its blocks from host memory one by one,
     which takes as long as to bring it whole. Where there is no room for that either, the others leave, unless they cannot
-    be moved: then it works on the CPU. `told` says where the encoder is, and why.
+    be moved: then it works on the CPU. One that runs out of memory all the same goes the same way down. `relieve` gives
+    back what is only there for speed, and says whether there was any. `told` says where the encoder is, and why.
     """
 
     def __init__(
@@ -58,18 +60,33 @@ class Turns:
         others: Others,
         *,
         movable: bool = True,
+        relieve: Callable[[], bool] = lambda: False,
     ) -> None:
         self.told = "not loaded"
         self._device, self._load, self._encoder_bytes = device, load, encoder_bytes
         self._others: Others | None = others
-        self._movable = movable
+        self._movable, self._relieve = movable, relieve
+        self._most: Literal["whole", "blocks", "nothing"] = "whole"  # of it that still comes onto the device
         self._encoder: TextEncoder | None = None
+        self._streams = False
         self._at_work_bytes = 0
 
     @property
     def held_bytes(self) -> int:
         """What the encoder takes of the device now."""
         return 0 if self._encoder is None else self._encoder.held_bytes
+
+    def encode(self, text: str) -> torch.Tensor:
+        """As `TextEncoder.encode`, wherever the encoder can work; each time it runs out of memory, one step down."""
+        while True:
+            try:
+                return self.encoder().encode(text)
+            except torch.OutOfMemoryError as error:
+                if not self._relieve() and not self._step_down():
+                    raise
+                message = str(error).partition("\n")[0]
+            give_back(self._device)  # only here has the error let go of what filled it
+            log.warning("the text encoder ran out of memory and tries again with less of it (%s)", message)
 
     def encoder(self) -> TextEncoder:
         """The text encoder, where it can work. The others may have left the device for it."""
@@ -84,22 +101,34 @@ class Turns:
         assert self._others is not None
         free = free_bytes(self._device)
         room = room_to_encode(free, self._encoder_bytes)
+        if self._most != "whole":
+            room = Room(False, "it ran out of memory there")
         if self._encoder is None and room.enough:
             self._tell("on the device", room.reason)
             self._encoder = self._load(self._device)
             return self._encoder
-        if free is not None and free < STREAMED_BYTES and self._movable:
+        if free is not None and free < STREAMED_BYTES and self._movable and self._most != "nothing":
             self._others.leave()
             free = free_bytes(self._device)
         if self._encoder is None:
             self._encoder = self._load(_CPU)
-        if free is None or free >= STREAMED_BYTES:
+        if self._most != "nothing" and (free is None or free >= STREAMED_BYTES):
             self._tell("on the device, block by block", room.reason)
+            self._streams = True
             self._encoder.stream(self._device)
         else:
             advice = ADVICE_ALONE if isinstance(self._others, Nobody) else ADVICE
             self._tell("on the CPU", f"{room.reason}; {advice}")
         return self._encoder
+
+    def _step_down(self) -> bool:
+        """Whether there is anything left to step down from."""
+        if self._most == "nothing":
+            return False
+        self._most = "nothing" if self._streams else "blocks"
+        if self._encoder is not None:
+            self._encoder.leave()
+        return True
 
     def let_others_work(self, peak_bytes: int) -> None:
         """The encoder leaves the device if the others, which want `peak_bytes` in all, have not enough with it there."""

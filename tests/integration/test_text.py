@@ -155,7 +155,7 @@ def test_a_torn_file_counts_as_none_and_is_replaced(
 
 
 def test_no_number_of_prompts_pushes_the_negative_one_out(encoder: TextEncoder) -> None:
-    source = TextSource(CPU, encoder=lambda: encoder)
+    source = TextSource(CPU, encode=encoder.encode)
     bad = source.encode("bad", negative=True)
     for index in range(70):
         source.encode(f"prompt {index}")
@@ -166,9 +166,9 @@ def test_no_number_of_prompts_pushes_the_negative_one_out(encoder: TextEncoder) 
 
 def test_a_cached_text_asks_for_no_encoder(encoder: TextEncoder, cache: TextCache) -> None:
     asked: list[int] = []
-    filling = TextSource(CPU, encoder=lambda: asked.append(1) or encoder, cache=cache)
+    filling = TextSource(CPU, encode=lambda text: asked.append(1) or encoder.encode(text), cache=cache)
     text = filling.encode("a red circle")
-    reading = TextSource(CPU, encoder=None, cache=cache)
+    reading = TextSource(CPU, encode=None, cache=cache)
     found = reading.encode(" a red circle")
     assert torch.equal(found.embeds, text.embeds) and torch.equal(found.mask, text.mask)
     assert (len(asked), filling.taken(), reading.taken()) == (1, {"encoder": 1}, {"cache": 1})
@@ -280,6 +280,65 @@ def test_an_encoder_alone_is_told_once_what_makes_it_smaller(
             alone.encoder()
     assert "text_precision int8" in alone.told and "text: stage" not in alone.told
     assert len(caplog.records) == 1
+
+
+def test_one_that_runs_out_of_memory_goes_down_step_by_step(
+    encoder: TextEncoder,
+    own: TextEncoder,
+    rest: Rest,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """First what is only there for speed goes, then the encoder comes block by block, then it works on the CPU."""
+    recorded, places = [True], []
+    works = own.encode
+
+    def encode(text: str) -> torch.Tensor:
+        places.append((own.device, both.told.partition(":")[0], recorded == [True]))
+        if own.device == DEVICE:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return works(text)
+
+    monkeypatch.setattr(own, "encode", encode)
+    monkeypatch.setattr(turns, "give_back", lambda device: None)
+    both = make_turns(own, rest, [3 * GIB] * 3, monkeypatch, relieve=lambda: bool(recorded and recorded.pop()))
+    assert torch.equal(both.encode("a red circle"), encoder.encode("a red circle"))
+    assert places == [
+        (DEVICE, "on the device", True),
+        (DEVICE, "on the device", False),
+        (DEVICE, "on the device, block by block", False),
+        (CPU, "on the CPU", False),
+    ]
+    assert both.told.startswith("on the CPU: it ran out of memory there")
+    assert len([record for record in caplog.records if "ran out of memory" in record.message]) == 3
+
+
+def test_an_encoder_that_cannot_even_be_loaded_whole_comes_block_by_block(
+    encoder: TextEncoder, own: TextEncoder, rest: Rest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = make_turns(own, rest, [3 * GIB] * 2, monkeypatch)
+    load, asked = both._load, []
+
+    def full(device: torch.device) -> TextEncoder:
+        asked.append(device)
+        if device == DEVICE:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return load(device)
+
+    both._load = full
+    monkeypatch.setattr(turns, "give_back", lambda device: None)
+    assert torch.equal(both.encode("a red circle"), encoder.encode("a red circle"))
+    assert asked == [DEVICE, CPU] and both.told.startswith("on the device, block by block: it ran out of memory")
+
+
+def test_no_memory_on_the_cpu_is_raised(own: TextEncoder, rest: Rest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(text: str) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(own, "encode", full)
+    monkeypatch.setattr(turns, "give_back", lambda device: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        make_turns(own, rest, [3 * GIB] * 3, monkeypatch).encode("a red circle")
 
 
 # renderers
