@@ -58,9 +58,8 @@ class Expected:
 
     @contextmanager
     def weights(self) -> Iterator[None]:
-        """For reading all but the text encoder. Raises CheckpointError unless the files are the recipe's, before and after:
-        hashes are remembered by path, size and time, so that the second look costs nothing. The first goes on meanwhile,
-        and what it finds comes before what came of it."""
+        """For reading all but the text encoder. Raises CheckpointError unless the files are the recipe's and stay as they
+        are: they are looked at before and after, and hashed meanwhile. What the hashes say comes before what came of it."""
         with self._checked(lambda name: not is_text(name)):
             yield
 
@@ -72,19 +71,34 @@ class Expected:
 
     @contextmanager
     def _checked(self, wanted: Callable[[str], bool]) -> Iterator[None]:
+        if self.sha256 is None:
+            yield
+            return
+        before = self._found(wanted)
         with ThreadPoolExecutor(1) as beside:
-            first = beside.submit(self._check, wanted)
+            hashed = beside.submit(self._check, wanted, before)
             try:
                 yield
+            except Exception:
+                hashed.result()
+                raise
+            else:
+                hashed.result()
             finally:
-                first.result()
-        self._check(wanted)
+                del hashed  # which holds its error, and that this frame
+        after = self._found(wanted)
+        if after != before:
+            self._check(wanted, after)
+            changed = sorted(name for name in after if after[name] != before.get(name))
+            raise CheckpointError(
+                f"on {socket.gethostname()}: {', '.join(changed)} changed while they were read: let the copy end, and start again"
+            )
 
-    def _check(self, wanted: Callable[[str], bool]) -> None:
-        if self.sha256 is None:
-            return
-        expected = {name: sha256 for name, sha256 in self.sha256.items() if wanted(name)}
-        found = {name: ref for name, ref in self.local.files().items() if wanted(name)}
+    def _found(self, wanted: Callable[[str], bool]) -> dict[str, FileRef]:
+        return {name: ref for name, ref in self.local.files().items() if wanted(name)}
+
+    def _check(self, wanted: Callable[[str], bool], found: Mapping[str, FileRef]) -> None:
+        expected = {name: sha256 for name, sha256 in (self.sha256 or {}).items() if wanted(name)}
         faults = [f"{name} is missing at {self.local.checkpoint}" for name in sorted(expected.keys() - found.keys())]
         faults += [
             f"{found[name].uri} is there, and the recipe has no such file" for name in found if name not in expected

@@ -99,11 +99,15 @@ class StepGraphs:
         return found.output.clone()
 
     def give_up(self) -> bool:
-        """Record nothing any more; returns whether there was anything to give back."""
-        had = bool(self._recorded)
+        """Give back what was recorded, and record nothing any more; returns whether there was anything."""
+        if not self._recorded:
+            return False
+        self._stop()
+        return True
+
+    def _stop(self) -> None:
         self._failed, self._spare_bytes = True, None
         self.drop()
-        return had
 
     def drop(self) -> None:
         """Forget all graphs and give their memory back."""
@@ -137,7 +141,7 @@ class StepGraphs:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 output = transformer.forward(**{**inputs, **own})[0]  # past the hook that notes prompts: it waits
         except Exception as error:  # a kernel that cannot be recorded, or no memory for it
-            self.give_up()
+            self._stop()
             log.warning("calls are not recorded as CUDA graphs: %s: %s", type(error).__name__, error)
             return None
         return _Recorded(graph, own, output)

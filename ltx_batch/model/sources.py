@@ -18,6 +18,7 @@ from ltx_batch.model.fetch import (
     checkpoint_files,
     file_hash,
     local_checkpoint,
+    locate,
     pin,
 )
 from ltx_batch.model.pipeline_config import FILE_NAME, PipelineConfig, load_pipeline_config
@@ -84,12 +85,13 @@ class Sources:
 
     def weights_here(self, *, with_text: bool) -> list[Path]:
         """Files of weights that are named by a path of this machine, in the order in which they are loaded."""
-        places = [(self.checkpoint, COMPONENTS), (self.upsampler, UPSAMPLER_FOLDERS), (self.text_encoder, TEXT_FOLDERS)]
+        places = [(self.checkpoint, self._own), (self.upsampler, UPSAMPLER_FOLDERS), (self.text_encoder, TEXT_FOLDERS)]
         found: list[tuple[str, FileRef]] = []
         for name, folders in places:
-            if name is not None and is_local_uri(name) and Path(name).exists():
-                with suppress(CheckpointError):  # whoever loads it says so
-                    found += checkpoint_files(name, folders=folders).items()
+            with suppress(CheckpointError):  # whoever loads it says so
+                place = None if name is None else locate(name)
+                if isinstance(place, str) and is_local_uri(place):
+                    found += checkpoint_files(place, folders=folders).items()
         own = [(name, ref) for name, ref in found if name.endswith(".safetensors") and (with_text or not is_text(name))]
         return [Path(ref.uri) for _, ref in sorted(own, key=lambda file: is_text(file[0]))]
 
@@ -107,9 +109,13 @@ class Sources:
 
     def local_checkpoint(self, options: Options = None) -> Path:
         """Its folder or file on this machine. Raises CheckpointError."""
+        return local_checkpoint(self.checkpoint, options, folders=self._own)
+
+    @property
+    def _own(self) -> tuple[str, ...]:
+        """The checkpoint's folders of parts that do not come from elsewhere."""
         elsewhere = [*(TEXT_FOLDERS if self.text_encoder else ()), *(UPSAMPLER_FOLDERS if self.upsampler else ())]
-        own = tuple(folder for folder in COMPONENTS if folder not in elsewhere)
-        return local_checkpoint(self.checkpoint, options, folders=own)
+        return tuple(folder for folder in COMPONENTS if folder not in elsewhere)
 
     def local_text_encoder(self, options: Options = None) -> Path:
         """The folder with text_encoder/ and tokenizer/ on this machine. Raises CheckpointError, with what to set."""

@@ -19,7 +19,7 @@ from torch import nn
 from ltx_batch.errors import CheckpointError
 from ltx_batch.tensor_file import ITEM_BYTES, StoredTensor
 
-_PIECE_BYTES = {"cpu": 2**19, "cuda": 2**22}  # a copy to a GPU takes its time to begin
+_PIECE_BYTES = {"cpu": 2**18, "cuda": 2**22}  # a copy to a GPU takes its time to begin
 _READERS = 8  # one alone waits for the disk, and then the disk for it
 _DTYPES = {
     "F64": torch.float64,
@@ -92,7 +92,10 @@ def _read(reads: Sequence[tuple[StoredTensor, torch.Tensor]], device: torch.devi
 
     def take() -> None:
         read, source, part = waiting.popleft()
-        read.result()
+        try:
+            read.result()
+        finally:
+            del read  # which holds its error, and that this frame with all weights
         if source.data_ptr() != part.data_ptr():
             part.copy_(source)
 
@@ -107,8 +110,9 @@ def _read(reads: Sequence[tuple[StoredTensor, torch.Tensor]], device: torch.devi
             kind = _DTYPES[stored.dtype]
             straight = device.type == "cpu" and kind == part.dtype
             source = part if straight else held[number % _READERS][: part.numel() * kind.itemsize].view(kind)
-            read = readers.submit(_read_bytes, handles[stored.file], start, source, stored.file)
-            waiting.append((read, source, part))
+            waiting.append(
+                (readers.submit(_read_bytes, handles[stored.file], start, source, stored.file), source, part)
+            )
         while waiting:
             take()
 

@@ -48,8 +48,9 @@ class Turns:
 
     An encoder that does not fit beside the others, or has once left for them, gets its blocks from host memory one by one,
     which takes as long as to bring it whole. Where there is no room for that either, the others leave, unless they cannot
-    be moved: then it works on the CPU. One that runs out of memory all the same goes the same way down. `relieve` gives
-    back what is only there for speed, and says whether there was any. `told` says where the encoder is, and why.
+    be moved: then it works on the CPU. One that runs out of memory all the same goes the same way down, and not up again.
+    `relieve` gives back what is only there for speed, and says whether there was any. `told` says where the encoder is, and
+    why.
     """
 
     def __init__(
@@ -86,7 +87,7 @@ class Turns:
                     raise
                 message = str(error).partition("\n")[0]
             give_back(self._device)  # only here has the error let go of what filled it
-            log.warning("the text encoder ran out of memory and tries again with less of it (%s)", message)
+            log.warning("the text encoder ran out of memory, and tries again with less (%s)", message)
 
     def encoder(self) -> TextEncoder:
         """The text encoder, where it can work. The others may have left the device for it."""
@@ -125,7 +126,12 @@ class Turns:
         """Whether there is anything left to step down from."""
         if self._most == "nothing":
             return False
-        self._most = "nothing" if self._streams else "blocks"
+        if not self._streams:
+            self._most = "blocks"
+        elif self._movable and self._others is not None and self._others.held_bytes:
+            self._others.leave()
+        else:
+            self._most = "nothing"
         if self._encoder is not None:
             self._encoder.leave()
         return True

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from ltx_batch import driver
 from ltx_batch.driver import run
 from ltx_batch.errors import CheckpointError
 from ltx_batch.job import JobSpec
+from ltx_batch.model import expected as expected_files
+from ltx_batch.model.expected import Expected
+from ltx_batch.model.sources import Sources
 from ltx_batch.recipe import make_recipe
 from ltx_batch.renderer import pinned
 from ltx_batch.schedule import Task, WorkUnit
@@ -83,6 +88,35 @@ def test_a_worker_refuses_weights_that_changed_since_the_run_began(tiny: Path, t
         Worker(plan)
     for part in (str(tiny / name), found, expected):
         assert part in str(refused.value)
+
+
+def test_weights_that_were_wrong_while_they_were_read_are_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that ends between the load and the hash."""
+    sources = Sources(str(tiny))
+    expected = Expected(sources.hashes(), sources)
+    weights = tiny / "transformer" / WEIGHTS
+    right, read, differs = weights.read_bytes(), threading.Event(), expected_files._differs
+    spoil(weights)
+    os.utime(weights, ns=(10**18, 10**18))
+    monkeypatch.setattr(expected_files, "_differs", lambda *given: read.wait(60) and differs(*given))
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS} changed while they were read"), expected.weights():
+        weights.write_bytes(right)
+        read.set()
+
+
+def test_weights_that_change_once_they_are_hashed_are_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = Sources(str(tiny))
+    expected = Expected(sources.hashes(), sources)
+    hashed, check = threading.Event(), Expected._check
+
+    def told(self: Expected, *given: Any) -> None:
+        check(self, *given)
+        hashed.set()
+
+    monkeypatch.setattr(Expected, "_check", told)
+    with pytest.raises(CheckpointError, match=f"{WEIGHTS} has sha256"), expected.weights():
+        assert hashed.wait(60)
+        spoil(tiny / "transformer" / WEIGHTS)
 
 
 def test_what_changed_is_told_before_what_came_of_it(tiny: Path, tmp_path: Path) -> None:

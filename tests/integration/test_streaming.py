@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,12 @@ import torch
 from diffusers import AutoencoderKLLTXVideo, LTXVideoTransformer3DModel
 from diffusers.pipelines.ltx.modeling_latent_upsampler import LTXLatentUpsamplerModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import T5EncoderModel
 
 from benchmarks.load_memory import write_places
 from ltx_batch.errors import CheckpointError
+from ltx_batch.model import streaming
 from ltx_batch.model.checkpoint import TextParts, load_checkpoint
 from ltx_batch.model.measure import weights_bytes
 from tests.tiny_checkpoint import write_tiny_checkpoint
@@ -29,8 +33,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
+@pytest.mark.parametrize("piece_bytes", [2**18, 96])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_part_is_what_its_library_loads(folder: Path, dtype: torch.dtype) -> None:
+def test_every_part_is_what_its_library_loads(
+    folder: Path, dtype: torch.dtype, piece_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streaming, "_PIECE_BYTES", {"cpu": piece_bytes})
     found = load_checkpoint(folder, dtype)
     assert found.text is not None
     pairs = [
@@ -93,6 +101,26 @@ def test_a_file_that_shrinks_while_it_is_read_is_told(folder: Path, tmp_path: Pa
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(CheckpointError, match="ended while it was read: did something write to it"):
         parts.load()
+
+
+def test_a_load_that_fails_holds_no_weights(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    parts = TextParts.find(copy, "float32")
+    file = copy / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+    def held() -> int:
+        return sum(type(one) in (torch.Tensor, nn.Parameter) and not one.is_meta for one in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = held()
+        with suppress(CheckpointError):
+            parts.load()
+        assert held() <= before
+    finally:
+        gc.enable()
 
 
 def test_loading_takes_little_more_than_the_weights(tmp_path: Path) -> None:

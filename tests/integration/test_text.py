@@ -22,6 +22,7 @@ from ltx_batch.errors import CheckpointError, EmbeddingMissing, JobError
 from ltx_batch.job import JobSpec
 from ltx_batch.model import turns
 from ltx_batch.model.checkpoint import TextParts
+from ltx_batch.model.graphs import StepGraphs
 from ltx_batch.model.memory import GIB
 from ltx_batch.model.noise import row_noise
 from ltx_batch.model.pipeline import Row, Stopwatch
@@ -289,7 +290,8 @@ def test_one_that_runs_out_of_memory_goes_down_step_by_step(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """First what is only there for speed goes, then the encoder comes block by block, then it works on the CPU."""
+    """First what is only there for speed goes, then the encoder comes block by block, then the others leave, then it works on
+    the CPU."""
     recorded, places = [True], []
     works = own.encode
 
@@ -301,16 +303,18 @@ def test_one_that_runs_out_of_memory_goes_down_step_by_step(
 
     monkeypatch.setattr(own, "encode", encode)
     monkeypatch.setattr(turns, "give_back", lambda device: None)
-    both = make_turns(own, rest, [3 * GIB] * 3, monkeypatch, relieve=lambda: bool(recorded and recorded.pop()))
+    both = make_turns(own, rest, [3 * GIB] * 4, monkeypatch, relieve=lambda: bool(recorded and recorded.pop()))
     assert torch.equal(both.encode("a red circle"), encoder.encode("a red circle"))
     assert places == [
         (DEVICE, "on the device", True),
         (DEVICE, "on the device", False),
         (DEVICE, "on the device, block by block", False),
+        (DEVICE, "on the device, block by block", False),
         (CPU, "on the CPU", False),
     ]
+    assert rest.held_bytes == 0
     assert both.told.startswith("on the CPU: it ran out of memory there")
-    assert len([record for record in caplog.records if "ran out of memory" in record.message]) == 3
+    assert len([record for record in caplog.records if "ran out of memory" in record.message]) == 4
 
 
 def test_an_encoder_that_cannot_even_be_loaded_whole_comes_block_by_block(
@@ -338,7 +342,7 @@ def test_no_memory_on_the_cpu_is_raised(own: TextEncoder, rest: Rest, monkeypatc
     monkeypatch.setattr(own, "encode", full)
     monkeypatch.setattr(turns, "give_back", lambda device: None)
     with pytest.raises(torch.OutOfMemoryError):
-        make_turns(own, rest, [3 * GIB] * 3, monkeypatch).encode("a red circle")
+        make_turns(own, rest, [3 * GIB] * 4, monkeypatch).encode("a red circle")
 
 
 # renderers
@@ -353,6 +357,21 @@ def test_a_renderer_with_a_full_cache_loads_no_encoder(tiny: Path, tmp_path: Pat
     assert filling.ran["text"] == {"encoder": 2, "place": "on the device: all parts share one memory"}
     assert again.ran["text"] == {"cache": 2, "place": "not loaded"}
     assert reading.ran["text"] == {"cache": 2, "place": "no text encoder"}
+
+
+def test_a_render_goes_on_where_its_text_encoder_ran_out_of_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = one(load_renderer(str(tiny), device="cpu"))
+    full, relieved, works = [True], [], TextEncoder.encode
+
+    def encode(self: TextEncoder, text: str) -> torch.Tensor:
+        if full and full.pop():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return works(self, text)
+
+    monkeypatch.setattr(TextEncoder, "encode", encode)
+    monkeypatch.setattr(StepGraphs, "give_up", lambda self: relieved.append(True))
+    clip = one(load_renderer(str(tiny), device="cpu"))
+    assert clip.frames_sha256() == plain.frames_sha256() and relieved == [True] and not full
 
 
 def test_a_trace_with_embeddings_needs_no_text_encoder(tiny: Path) -> None:

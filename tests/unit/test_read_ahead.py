@@ -32,8 +32,16 @@ def test_what_is_loaded_first_is_read_first(tmp_path: Path) -> None:
     sources = Sources(str(tmp_path), upsampler=str(upscaler))
     weights = [tmp_path / "transformer" / "a.safetensors", upscaler]
     assert sources.weights_here(with_text=False) == weights
+    assert Sources(f"file://{tmp_path}", upsampler=str(upscaler)).weights_here(with_text=False) == weights
     assert sources.weights_here(with_text=True) == [*weights, tmp_path / "text_encoder" / "model.safetensors"]
     alone = tmp_path / "ltx.safetensors"
     alone.touch()
     assert Sources(str(alone), upsampler=str(upscaler)).weights_here(with_text=True) == [alone, upscaler]
+    other = tmp_path / "t5"
+    (other / "text_encoder").mkdir(parents=True)
+    (other / "text_encoder" / "b.safetensors").touch()
+    assert Sources(str(tmp_path), text_encoder=str(other)).weights_here(with_text=True) == [
+        weights[0],
+        other / "text_encoder" / "b.safetensors",
+    ], "not the encoder that it has and that is not loaded"
     assert Sources("someone/model", text_encoder="s3://bucket/text").weights_here(with_text=True) == []

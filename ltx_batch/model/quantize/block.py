@@ -74,11 +74,11 @@ class FusedBlock(nn.Module):
         kind = (*map(type, layers), *shapes, given[0].dtype, given[0].device, self.chunk_tokens)
         if kind in self._built or torch.cuda.is_current_stream_capturing():
             return
-        self._built.add(kind)
         from ltx_batch.model.quantize.kernels.start import only_building
 
         with only_building():
             self._compute(*given)  # of numbers that nobody wrote
+        self._built.add(kind)
 
     def read_text(self, encoder_hidden_states: torch.Tensor) -> None:
         """Work out the keys and values of prompts that are new, as a call does first."""

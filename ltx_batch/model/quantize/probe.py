@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from functools import cache
 from statistics import median
 
 import torch
@@ -22,6 +21,7 @@ TOKENS = 13_376  # of 704 x 1216 pixels and 121 frames
 _TEXT_TOKENS = 256
 _REPEATS = 5
 _MOST_ERROR = 0.2  # of what a block adds: int8 errs by 2 %, fp8 by 6 %, a kernel that is wrong by all of it
+_found: dict[tuple[int, int, int], Resolved] = {}  # by channels, tokens and GPU
 log = logging.getLogger(__name__)
 
 
@@ -34,12 +34,15 @@ def best_precision(channels: int, device: torch.device, *, tokens: int = TOKENS)
     return found
 
 
-@cache
 def best_precision_here(channels: int, tokens: int | None = None) -> Resolved | None:
     """On the GPU of this process, timed once: what is loaded again renders the same bits. None where there is none."""
     if not torch.cuda.is_available():
         return None
-    return best_precision(channels, torch.device("cuda", torch.cuda.current_device()), tokens=tokens or TOKENS)
+    key = (channels, tokens or TOKENS, torch.cuda.current_device())
+    found = _found.get(key) or best_precision(channels, torch.device("cuda", key[2]), tokens=key[1])
+    if "out of memory" not in found.reason:  # which passes
+        _found[key] = found
+    return found
 
 
 def probe(channels: int, device: torch.device, *, tokens: int) -> tuple[dict[str, float], dict[str, str]]:

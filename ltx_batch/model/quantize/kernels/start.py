@@ -20,27 +20,38 @@ import triton
 _ALIGN_BYTES = 16  # what Triton counts on where an address is a multiple of it
 # Compiled kernels by all that Triton makes them of: a GPU, types, numbers and constants.
 _known: dict[tuple[Any, ...], Any] = {}
-_building: ContextVar[bool] = ContextVar("building", default=False)
+# Kernels that are being compiled, each with its GPU; None: launches are made.
+_building: ContextVar[list[tuple[Any, int]] | None] = ContextVar("building", default=None)
 
 
 @contextmanager
 def only_building() -> Iterator[None]:
     """Launches are not made within it: their kernels are compiled, side by side, and are ready when it ends. What a compiler
     refuses is found out when it is launched."""
-    with (
-        ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
-        triton.AsyncCompileMode(pool, ignore_errors=True),
-    ):
-        token = _building.set(True)
-        try:
+    warmed: list[tuple[Any, int]] = []
+    token = _building.set(warmed)
+    try:
+        with (
+            ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool,
+            triton.AsyncCompileMode(pool, ignore_errors=True),
+        ):
             yield
-        finally:
-            _building.reset(token)
+    finally:
+        _building.reset(token)
+        for kernel, gpu in warmed:
+            _forget_failed(kernel.device_caches[gpu][0])
+
+
+def _forget_failed(compiled: dict[Any, Any]) -> None:
+    """Triton keeps what is still being compiled in the place of a kernel, and with it an error that may have passed."""
+    for key, kernel in list(compiled.items()):
+        if isinstance(kernel, triton.FutureKernel):
+            del compiled[key]
 
 
 def building() -> bool:
     """Whether this is within `only_building`."""
-    return _building.get()
+    return _building.get() is not None
 
 
 def start(
@@ -66,7 +77,9 @@ def start(
         return
     arguments = (*descriptors, *tensors, *numbers)
     options = {**constants, "num_warps": warps, "num_stages": stages, "enable_fp_fusion": False}
-    if building():
+    warmed = _building.get()
+    if warmed is not None:
+        warmed.append((kernel, device.index))
         kernel.warmup(*arguments, grid=(programs,), **options)
         return
     if device.type != "cuda":  # Triton's interpreter
@@ -83,5 +96,5 @@ def start(
         known[(programs, 1, 1)](*arguments, *values)
         return
     built = kernel[(programs,)](*arguments, **options)
-    if aligned:
+    if aligned and not isinstance(built, triton.FutureKernel):  # of another thread that is building
         _known[key] = built

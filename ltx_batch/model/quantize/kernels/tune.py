@@ -84,11 +84,13 @@ class Tuner(Generic[Choice]):
         return next((one for one in self._candidates if _numbers(one) == stored), None)
 
     def _build(self, device: torch.device, run: Callable[[Choice], torch.Tensor]) -> Choice:
-        fitting = self.fitting(*limits(device))
+        fitting = self.fitting(*limits(device)) or self._candidates
+        built: list[Choice] = []
         for one in fitting:
             with suppress(Exception):  # it comes again when that one is run
                 run(one)
-        return fitting[0] if fitting else self._candidates[0]
+                built.append(one)
+        return (built or fitting)[0]
 
     def _time(self, device: torch.device, shape: str, run: Callable[[Choice], torch.Tensor]) -> Choice:
         expected: torch.Tensor | None = None
