@@ -108,10 +108,16 @@ def test_relative_paths_are_refused_on_both_sides(cluster: Cluster, tmp_path: Pa
 
 
 def test_submitting_twice_starts_one_job_that_ctrl_c_leaves_alone(cluster: Cluster, tmp_path: Path) -> None:
-    path = write_job(tmp_path, "slow [sleep 15]", "broken [raise]")  # so long may the second submitter take to start
+    path = write_job(tmp_path, "slow [sleep 4]", "broken [raise]")
     command = [sys.executable, str(ROOT / "submit.py"), str(path), "--address", cluster.address]
+    # A shell has what it starts in the background ignore Ctrl-C, these tests too, and that is inherited.
     first = subprocess.Popen(
-        command, env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=cluster.environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert first.stderr is not None
     key = re.search(r"submitted to \S+ as (\S+)", first.stderr.readline())
