@@ -143,6 +143,7 @@ def test_a_second_signal_stops_at_once(tmp_path: Path, number: signal.Signals, e
     job = make_job(manifest, tmp_path / "out", worker={"in_flight": 1})  # of two in flight the second may be the faster
     with Driver(job) as driver:
         driver.commits(job, 1)
+        time.sleep(0.5)  # until then the worker has the second row
         driver.signal(number)
         time.sleep(0.3)  # two signals at once would be one
         assert driver.alive, "the first one drains"
