@@ -53,17 +53,17 @@ def in_chunks(transformer: Any, chunk_tokens: int | None) -> Iterator[None]:
         if all(isinstance(block, LTXVideoTransformerBlock) for block in blocks):
             # The rotary module's own: a hook of accelerate would bring the tables of every block to the first device.
             rope = partial(type(transformer.rope).forward, transformer.rope)
-            stack.enter_context(_forward(transformer.rope, partial(_rotary_parts, rope, chunk_tokens)))
+            stack.enter_context(_replaced(transformer.rope, partial(_rotary_parts, rope, chunk_tokens)))
             for block in blocks:
-                stack.enter_context(_forward(block.ff, partial(_feed_forward, block.ff.forward, chunk_tokens)))
+                stack.enter_context(_replaced(block.ff, partial(_feed_forward, block.ff.forward, chunk_tokens)))
         else:
-            stack.callback(_tell, blocks, None)
-            _tell(blocks, chunk_tokens)
+            stack.callback(_set_chunks, blocks, None)
+            _set_chunks(blocks, chunk_tokens)
         yield
 
 
 @contextmanager
-def _forward(layer: Any, forward: Callable[..., Any]) -> Iterator[None]:
+def _replaced(layer: Any, forward: Callable[..., Any]) -> Iterator[None]:
     before = vars(layer).get("forward")
     layer.forward = forward
     try:
@@ -74,7 +74,7 @@ def _forward(layer: Any, forward: Callable[..., Any]) -> Iterator[None]:
             layer.forward = before
 
 
-def _tell(blocks: Any, chunk_tokens: int | None) -> None:
+def _set_chunks(blocks: Any, chunk_tokens: int | None) -> None:
     for block in blocks:
         block.chunk_tokens = chunk_tokens
 

@@ -136,11 +136,11 @@ class LtxPipeline:
         self.weights_bytes: Mapping[str, int] = {name: weights_bytes(part) for name, part in modules.items() if part}
         self.turns: Turns | None = None
         if parts.text is not None:
-            self.weights_bytes |= {"text_encoder": parts.text.weights_bytes}
-            load = partial(TextEncoder.load, parts.text)
+            size = parts.text.weights_bytes
+            self.weights_bytes |= {"text_encoder": size}
+            load, relieve = partial(TextEncoder.load, parts.text), self._graphs.give_up
             movable = placement in ("auto", "offload")
-            relieve = self._graphs.give_up
-            self.turns = Turns(device, load, parts.text.weights_bytes, self.lodging, movable=movable, relieve=relieve)
+            self.turns = Turns(device, load, size, self.lodging, movable=movable, relieve=relieve)
         missed = None if text_missed is None else partial(_missed, text_missed)
         self.text = TextSource(device, encode=missed if self.turns is None else self.turns.encode, cache=text_cache)
         self.ran: dict[str, Any] = {

@@ -1,8 +1,8 @@
 """Launches of kernels, the first one and all later ones.
 
-A kernel is compiled where it is first launched, and a block's kernels one after the other take twenty seconds: so they are
-compiled side by side before. Later launches go without Triton's second look at every argument: short sequences wait for
-launches, as a block takes some fourteen of them, and each costs more time in Python than on the GPU.
+A kernel is compiled where it is first launched. Those of a block are compiled side by side before its first call, in place of
+one after the other. Later launches go without Triton's second look at every argument: short sequences wait for launches, as a
+block takes some fourteen of them, and each costs more time in Python than on the GPU.
 """
 
 from __future__ import annotations
