@@ -109,6 +109,7 @@ def steps(bench: Bench, options: argparse.Namespace) -> None:
         for tokens in options.tokens:
             report_steps(bench, name, tokens, models, options.listed)
         del models
+        torch.compiler.reset()  # there is a limit to how often one function is compiled
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -33,10 +33,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from ltx_batch.torch_environment import prepare_torch  # noqa: E402
+
+prepare_torch()
+
+import torch  # noqa: E402
 
 from benchmarks.cold_start import measure_starts  # noqa: E402
 from benchmarks.device_memory import DriverMemory  # noqa: E402

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from ltx_batch.model.quantize import policy
 from ltx_batch.model.text_key import TextIdentity, encoder_fingerprint
 from ltx_batch.model.text_precision import embedding_precision
 from ltx_batch.renderer import local_text_encoder
+from ltx_batch.torch_environment import prepare_torch
 from ltx_batch.worker import WorkerPlan, open_text_store
 
 BATCH_TEXTS = 16  # handed over at once: seconds on a CPU, so that a run drains soon
@@ -33,7 +33,7 @@ class TextWorker:
 
     def __init__(self, plan: WorkerPlan) -> None:
         job = plan.job
-        os.environ["OMP_NUM_THREADS"] = str(job.worker.torch_threads)  # read when torch is first imported
+        prepare_torch(job.worker.torch_threads)
         from ltx_batch.model.checkpoint import TextParts
         from ltx_batch.model.device import limit_memory, pick_device, use_threads
         from ltx_batch.model.text import TextEncoder

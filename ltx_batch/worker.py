@@ -35,6 +35,7 @@ from ltx_batch.renderer import Renderer, load_renderer
 from ltx_batch.request import RenderRequest
 from ltx_batch.schedule import Task, WorkUnit
 from ltx_batch.storage import Storage
+from ltx_batch.torch_environment import prepare_torch
 
 _VERSIONED = ("ltx-batch", "torch", "diffusers", "transformers", "bitsandbytes", "triton", "imageio-ffmpeg", "numpy")
 _MESSAGE_CHARS = 2000
@@ -63,10 +64,7 @@ class Worker:
     """Loads the renderer; raises UsageError where the plan cannot be honoured here."""
 
     def __init__(self, plan: WorkerPlan) -> None:
-        # Both are read when torch is first imported. With fixed segments a whole 4K decode ran out of memory over 9 GiB that
-        # lay between blocks (benchmarks/results/stages-h100.json).
-        os.environ["OMP_NUM_THREADS"] = str(plan.job.worker.torch_threads)
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        prepare_torch(plan.job.worker.torch_threads)
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self._plan = plan
         self._ledger = Ledger(open_output(plan.job))

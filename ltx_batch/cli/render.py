@@ -14,6 +14,7 @@ from ltx_batch.cli.conditions import Conditions, read_conditions
 from ltx_batch.cli.options import AsJson
 from ltx_batch.cli.output import duration, print_json, unwritable
 from ltx_batch.errors import JobError, LtxBatchError, RowError, UsageError
+from ltx_batch.torch_environment import prepare_torch
 
 if TYPE_CHECKING:
     from ltx_batch.clip import Clip
@@ -88,6 +89,7 @@ def render(
     as_json: AsJson = False,
 ) -> int:
     """Render one clip."""
+    prepare_torch()
     checkpoint = checkpoint or _checkpoint_of(pipeline_config)
     conditions = read_conditions(
         image or (),

@@ -104,14 +104,14 @@ class LtxPipeline:
         text_cache: TextCache | None = None,
         text_precision: str = "auto",
     ) -> None:
-        """Takes `parts` over: they are quantised as `policy` says and lie at `home`, by default on the device, until the
+        """Takes `parts` over: they are quantised as `policy` says and lie in `home`, by default on the device, until the
         first plan and `placement` decide how they live. `memory_gib` is what may be used of the device. `unquantised`
         loads the transformer as it was before, into host memory. `text_missed` is what to raise when parts have no text
         encoder and one is asked for; `text_precision` is then what made the embeddings."""
         if policy.name == "fp32":
             torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in the VAE's convolutions too
         home = home or device
-        quantized = apply_policy(parts.transformer, parts.vae, policy, home, stored=parts.stored)
+        quantized = apply_policy(parts.transformer, parts.vae, policy, device, home=home, stored=parts.stored)
         self.device = device
         self._load_unquantised = unquantised
         self.scheduler: SchedulerConfig = parts.scheduler

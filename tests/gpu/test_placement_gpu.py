@@ -56,7 +56,7 @@ def one(renderer: LtxRenderer, request: RenderRequest = REQUEST) -> Clip:
     return renderer.render([request])[0]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8", "int8-weight", "bnb-int8"])
 def test_offload_renders_the_same_bits(tiny: Path, precision: str) -> None:
     resident, offload = (loaded(tiny, precision=precision, placement=how) for how in ("resident", "offload"))
     expected = one(resident)
@@ -68,7 +68,6 @@ def test_offload_renders_the_same_bits(tiny: Path, precision: str) -> None:
 
 @pytest.mark.parametrize("precision", ["bf16", "int8", "int8-weight", "bnb-int8"])
 def test_a_model_that_leaves_the_device_renders_the_same_bits(tiny: Path, precision: str) -> None:
-    """With the weights that were rounded on the device: rounded on a CPU, their last bits may differ."""
     renderer = loaded(tiny, precision=precision)
     expected = one(renderer)
     assert expected.ran["placement"]["mode"] == "resident"

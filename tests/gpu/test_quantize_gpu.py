@@ -271,7 +271,9 @@ def test_what_works_once_a_clip_waits_in_host_memory(wide: Path) -> None:
     assert stored_bytes(quantised, GPU) == on_gpu
     assert torch.equal(call(quantised), expected)
     with text_kept(quantised):
-        assert torch.equal(call(quantised), expected)
+        kept = call(quantised)
+        assert distance(kept, expected) < 1e-2  # of 256 tokens 40 are read: other tiles, and sums in another order
+        assert torch.equal(call(quantised), kept)
 
 
 def test_auto_is_timed() -> None:

@@ -17,6 +17,7 @@ from ltx_batch.errors import PrecisionError
 from ltx_batch.model.checkpoint import load_checkpoint
 from ltx_batch.model.measure import weights_bytes
 from ltx_batch.model.quantize import bnb
+from ltx_batch.model.quantize.apply import apply_policy
 from ltx_batch.model.quantize.policy import precision
 from ltx_batch.model.quantize.swap import is_quantized, quantize_convolutions, quantize_model
 from tests.tiny_checkpoint import write_tiny_checkpoint
@@ -151,6 +152,16 @@ def test_every_convolution_of_a_vae_is_swapped(tiny: Path) -> None:
     assert found == {"quantized_convolutions": convolutions, "saved_bytes": before - weights_bytes(vae)}
     assert convolutions > 10 and found["saved_bytes"] > 0.5 * before
     assert sum(type(layer).__name__ == "Int8WeightConv3d" for layer in vae.modules()) == convolutions
+
+
+@pytest.mark.parametrize("name", ["int8", "int8-weight", "fp8"])
+def test_layers_are_rounded_where_they_will_work_and_lie_where_they_are_at_home(tiny: Path, name: str) -> None:
+    loaded = load_checkpoint(tiny, torch.float32)
+    apply_policy(loaded.transformer, loaded.vae, precision(name, "cpu"), CPU, home=torch.device("meta"))
+    for model in (loaded.transformer, loaded.vae):
+        for layer in model.modules():
+            held = {tensor.device.type for tensor in (*layer.parameters(recurse=False), *layer.buffers(recurse=False))}
+            assert held <= ({"meta"} if is_quantized(layer) else {"cpu"})
 
 
 # renders

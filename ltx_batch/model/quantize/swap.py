@@ -19,9 +19,16 @@ from ltx_batch.model.quantize.weight_only import Int8WeightConv3d, Int8WeightLin
 
 
 def quantize_model(
-    model: nn.Module, policy: Precision, device: torch.device, *, blocks: str = BLOCKS
+    model: nn.Module,
+    policy: Precision,
+    device: torch.device,
+    *,
+    home: torch.device | None = None,
+    blocks: str = BLOCKS,
 ) -> dict[str, Any]:
-    """Swap linear layers in place, each quantised on its way to `device`; the rest of the model stays where it is.
+    """Swap linear layers in place, each quantised on `device` and then put in `home`, by default left there; the rest of
+    the model stays where it is. Rounded on another kind of device the last bits of weights may differ, and pixels with
+    them: what computes is what rounds, wherever the model lies.
 
     Returns what a record says of it: counts of layers and bytes, empty where the policy quantises nothing. `blocks` is
     the dotted name of the model's list of blocks. Raises PrecisionError where nothing would be quantised, the model is
@@ -36,18 +43,19 @@ def quantize_model(
     before_bytes = stored_bytes(model)
     for name, becomes in table.items():
         if becomes == policy.quantize:
-            put(model, name, make_layer(layers[name], policy, device))
+            put(model, name, make_layer(layers[name], policy, device).to(home or device))
             del layers[name]  # so that never more than one layer is there twice
     return {**told(policy, table, blocks=blocks), "saved_bytes": before_bytes - stored_bytes(model)}
 
 
-def quantize_convolutions(model: nn.Module, device: torch.device) -> dict[str, Any]:
-    """Swap the 3D convolutions of a VAE for ones with int8 weights, which saves memory only. Returns counts."""
+def quantize_convolutions(model: nn.Module, device: torch.device, home: torch.device | None = None) -> dict[str, Any]:
+    """Swap the 3D convolutions of a VAE, as `quantize_model` does, for ones with int8 weights, which saves memory only.
+    Returns counts."""
     check_plain(model)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv3d)}
     before_bytes = stored_bytes(model)
     for name, layer in layers.items():
-        put(model, name, Int8WeightConv3d.of(layer, device))
+        put(model, name, Int8WeightConv3d.of(layer, device).to(home or device))
     return {"quantized_convolutions": len(layers), "saved_bytes": before_bytes - stored_bytes(model)}
 
 
