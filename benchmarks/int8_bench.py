@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,7 +15,7 @@ import torch
 from diffusers import LTXVideoTransformer3DModel
 
 from benchmarks.random_model import TRANSFORMERS, make
-from benchmarks.results_file import installed
+from benchmarks.results_file import command, installed
 from ltx_batch.model.device import device_name
 from ltx_batch.model.quantize.policy import Precision
 
@@ -70,7 +68,7 @@ class Bench:
         """One figure to the screen and into the file, where it takes the place of an older one of its name."""
         bound = {"bound": BOUNDS[name]} if name in BOUNDS else {}
         figure = {"name": name, "value": round(value, 4), "unit": unit, **bound, **more}
-        figure |= {"device": device_name(self.device), "command": shlex.join(["python", *sys.argv])}
+        figure |= {"device": device_name(self.device), "command": command()}
         print(f"{name:<36} {value:10.4f} {unit:<6} {bound.get('bound', '')}  {more or ''}", flush=True)
         known = json.loads(self.output.read_text()) if self.output.is_file() else {"figures": []}
         figures = [one for one in known["figures"] if one["name"] != name] + [figure]

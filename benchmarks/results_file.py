@@ -17,6 +17,12 @@ from typing import Any
 _VERSIONED = ("ltx-batch", "torch", "diffusers", "transformers", "ray", "pyarrow", "imageio-ffmpeg", "bitsandbytes")
 
 
+def command() -> str:
+    """How this process was started, at the repository's root."""
+    script = Path(sys.argv[0]).resolve().relative_to(Path(__file__).resolve().parents[1])
+    return shlex.join(["python", str(script), *sys.argv[1:]])
+
+
 def write_result(
     path: Path,
     figures: list[dict[str, Any]],
@@ -31,7 +37,7 @@ def write_result(
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "hardware": hardware() if device is None else f"{device}; {hardware()}",
         "versions": {"python": platform.python_version()} | installed(_VERSIONED),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": command(),
         "notes": notes,
         **({} if policy is None else {"policy": policy}),
         "figures": figures,
