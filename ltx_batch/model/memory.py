@@ -17,6 +17,7 @@ CONTEXT_BYTES = 896 * 2**20
 TEXT_BYTES = GIB  # T5-XXL needs a tenth of that for 256 tokens; the rest is what an allocator cannot use
 CHUNK_TOKENS = 4096
 USABLE = 0.93  # of what is free: gaps between an allocator's blocks, and the error of these predictions
+PREDICTED = 0.97  # of what is free: that error alone, where gaps are counted otherwise
 
 # Of a transformer, bytes a token and channel. The rotary tables are fp32 and shared by all rows of a call.
 _ROTARY = 8.0
@@ -123,6 +124,12 @@ def denoise_bytes(sizes: ModelSizes, one: PassPlan, work: Work, *, chunked: bool
     chunk = min(CHUNK_TOKENS, one.tokens) * sizes.channels * rows * _ROW[sizes.precision]
     waiting = whole * rows * _WAITING * sizes.number_bytes
     return int(max(whole * rows * _ROW_IN_CHUNKS[sizes.number_bytes], waiting + chunk) + levels)
+
+
+def largest_bytes(sizes: ModelSizes, one: PassPlan, work: Work, *, chunked: bool = False) -> int:
+    """The largest tensor of that call: the middle of the feed-forward, or, where that comes in chunks, query, key and value."""
+    rows = max(guidance.rows for guidance in one.guidance) * work.rows
+    return one.tokens * sizes.channels * rows * (3 if chunked else 4) * sizes.number_bytes
 
 
 def decode_bytes(sizes: ModelSizes, pixels: int) -> int:

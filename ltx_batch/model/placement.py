@@ -93,8 +93,15 @@ class Room:
         """Of each GPU: what is not left to the allocator's gaps and the prediction's error."""
         return tuple(int(memory.USABLE * count) for count in (self.bytes or 0, *self.others))
 
-    def holds(self, wanted_bytes: int) -> bool:
-        return self.bytes is None or wanted_bytes <= self.usable[0]
+    def holds(self, wanted_bytes: int, largest_bytes: int = 0) -> bool:
+        """Whether so much fits, with a gap to spare for a tensor of `largest_bytes` that comes and goes.
+
+        torch's allocator, where no gap is large enough and it may not have more, gives all gaps back to the driver and
+        takes memory anew: without that gap once a block.
+        """
+        if self.bytes is None:
+            return True
+        return wanted_bytes <= min(self.usable[0], int(memory.PREDICTED * self.bytes) - largest_bytes)
 
     @property
     def told(self) -> str:
@@ -170,12 +177,16 @@ def _resident(sizes: ModelSizes, work: Work, room: Room, strain: Strain) -> Plac
     stages = {**_beside(sizes, work, slices, ()), "denoise": _denoise_bytes(sizes, work)}
     stage = max(stages, key=lambda name: stages[name])
     peak = sizes.weights_bytes + stages[stage]
+    easily = all(
+        room.holds(sizes.weights_bytes + memory.denoise_bytes(sizes, one, work), memory.largest_bytes(sizes, one, work))
+        for one in work.plan.passes
+    )
     return Placement(
         "resident",
         tuple(PassPlacement(len(sizes.blocks)) for _ in work.plan.passes),
         f"all parts and {stage} take {gib(peak)} of {room.told}{_cut(slices)}",
         peak,
-        fits=room.holds(peak),
+        fits=easily and room.holds(peak),
         decode_slices=slices,
     )
 
@@ -245,19 +256,23 @@ def _offload(sizes: ModelSizes, work: Work, room: Room, strain: Strain) -> Place
 
 
 def _place_pass(sizes: ModelSizes, work: Work, one: PassPlan, room: Room, strain: Strain) -> PassPlacement:
-    kept = None if strain.steps == 3 else _kept_blocks(sizes, room, memory.denoise_bytes(sizes, one, work))
+    kept = None if strain.steps == 3 else _kept_blocks(sizes, work, one, room, chunked=False)
     if kept is not None:
         return PassPlacement(0 if strain.steps == 2 else kept)
-    kept = _kept_blocks(sizes, room, memory.denoise_bytes(sizes, one, work, chunked=True))
+    kept = _kept_blocks(sizes, work, one, room, chunked=True)
     return PassPlacement(0 if strain.steps else kept or 0, CHUNK_TOKENS)
 
 
-def _kept_blocks(sizes: ModelSizes, room: Room, activations: int) -> int | None:
-    """Blocks that stay beside `activations`: as many as fit with the slots for the others. None: not even the slots."""
+def _kept_blocks(sizes: ModelSizes, work: Work, one: PassPlan, room: Room, *, chunked: bool) -> int | None:
+    """Blocks that stay beside a pass's activations: as many as fit easily with the slots for the others. None: not even the
+    slots fit."""
     if room.bytes is None:
         return 0
-    left = room.usable[0] - sizes.rest_bytes - activations
-    return next((count for count in range(len(sizes.blocks), -1, -1) if _blocks_bytes(sizes, count) <= left), None)
+    beside = sizes.rest_bytes + memory.denoise_bytes(sizes, one, work, chunked=chunked)
+    largest = memory.largest_bytes(sizes, one, work, chunked=chunked)
+    counts = range(len(sizes.blocks), 0, -1)
+    none = 0 if room.holds(beside + _blocks_bytes(sizes, 0)) else None
+    return next((count for count in counts if room.holds(beside + _blocks_bytes(sizes, count), largest)), none)
 
 
 def staying(blocks: Sequence[int], count: int) -> set[int]:

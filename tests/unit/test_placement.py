@@ -183,8 +183,8 @@ def test_slices_are_as_large_as_fit(sizes: ModelSizes, plan: Plan, size_gib: flo
 
 def test_thin_slices_only_where_nothing_else_fits() -> None:
     last = HD.passes[-1]
-    denoise = memory.denoise_bytes(SMALL, last, Work(HD))
-    room = Room(int((SMALL.weights_bytes + 1.01 * denoise) / memory.USABLE))
+    denoise, gap = memory.denoise_bytes(SMALL, last, Work(HD)), memory.largest_bytes(SMALL, last, Work(HD))
+    room = Room(int((SMALL.weights_bytes + 1.01 * denoise + gap) / memory.PREDICTED))
     resident = decide(SMALL, Work(HD), room, "resident")
     assert resident.fits and are_thin(SMALL, last, resident.decode_slices)
     assert decide(SMALL, Work(HD), room).mode == "offload"
@@ -203,6 +203,24 @@ def test_as_many_blocks_stay_as_fit() -> None:
     sizes = [decide(INT8, Work(HD), card(size)).passes[1].kept_blocks for size in (5, 7, 9, 11, 13, 15, 20)]
     assert sizes == sorted(sizes) and sizes[-1] == 48
     assert 46 not in sizes and 47 not in sizes, "two slots cost as much as the blocks that they are for"
+
+
+@pytest.mark.parametrize("size_gib", [5.1, 7.1, 11.1])
+def test_blocks_that_stay_leave_a_gap_for_the_largest_tensor(size_gib: float) -> None:
+    room, (_, one) = card(size_gib), HD.passes
+    kept = decide(INT8, Work(HD), room, "offload").passes[1].kept_blocks
+    activations, gap = (count(INT8, one, Work(HD)) for count in (memory.denoise_bytes, memory.largest_bytes))
+    wanted = [INT8.rest_bytes + (count + 2) * INT8.blocks[0] + activations for count in range(47)]
+    assert 0 < kept < 46 and wanted[kept] + gap <= memory.PREDICTED * size_gib * GIB < wanted[kept + 1] + gap
+    assert wanted[kept + 1] <= room.usable[0], "not only for want of room"
+
+
+def test_all_blocks_stay_only_beside_such_a_gap() -> None:
+    denoise, gap = (count(SMALL, HD.passes[1], Work(HD)) for count in (memory.denoise_bytes, memory.largest_bytes))
+    barely = Room(int((SMALL.weights_bytes + denoise + gap) / memory.PREDICTED) - 2**20)
+    assert SMALL.weights_bytes + denoise < barely.usable[0]
+    assert decide(SMALL, Work(HD), barely).mode == "offload"
+    assert decide(SMALL, Work(HD), Room((barely.bytes or 0) + 2**21), "resident").fits
 
 
 def test_blocks_of_two_sizes_are_counted_each_and_large_ones_stay_first() -> None:
