@@ -9,11 +9,13 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.device_memory import DriverMemory
 from benchmarks.random_model import random_parts
 from ltx_batch import RenderRequest
 from ltx_batch.model.device import give_back, limit_memory, room
+from ltx_batch.model.guests import Guest
 from ltx_batch.model.pipeline import LtxPipeline
 from ltx_batch.model.pipeline_config import PipelineConfig, load_pipeline_config
 from ltx_batch.model.quantize.policy import Precision
@@ -43,12 +45,14 @@ class Embeddings:
 @dataclass(frozen=True, slots=True)
 class Measured:
     """Medians of renders: seconds in all and by stage; bytes that torch had in use on the first GPU at most, and bytes of
-    the whole process as the driver counts them, by GPU, the most of all renders and of the warm-up before them."""
+    the whole process as the driver counts them, by GPU, the most of all renders and of the warm-up before them; how often,
+    in a render, torch gave all free memory back to the driver since none of it was a gap large enough."""
 
     seconds: float
     stages: dict[str, float]
     allocated_bytes: int
     driver_bytes: list[int]
+    alloc_retries: float
     ran: dict[str, Any]
 
     def told(self) -> dict[str, Any]:
@@ -59,6 +63,7 @@ class Measured:
             "stages_s": {name: round(seconds, 3) for name, seconds in self.stages.items()},
             "allocated_gib": round(self.allocated_bytes / GIB, 2),
             "driver_gib": [round(count / GIB, 2) for count in self.driver_bytes],
+            "alloc_retries": self.alloc_retries,
             "predicted_gib": round(placement["predicted_peak_bytes"] / GIB, 2),
             "placement": placement["mode"],
             "kept_blocks": placement["kept_blocks"],
@@ -93,13 +98,15 @@ class Subject:
         with self.driver.watched():
             if warm_up:
                 self.render(size, short=True)
+            retries = alloc_retries(self.pipeline.device)
             for _ in range(rounds):
                 started_s = time.perf_counter()
                 clips.append(self.render(size, short=short))
                 times.append(time.perf_counter() - started_s)
+        retries = (alloc_retries(self.pipeline.device) - retries) / rounds
         stages = {name: median(clip.timings[name] for clip in clips) for name in clips[0].timings}
         most = max(clip.peak_bytes or 0 for clip in clips)
-        return Measured(median(times), stages, most, list(self.driver.peaks), clips[-1].ran)
+        return Measured(median(times), stages, most, list(self.driver.peaks), retries, clips[-1].ran)
 
     def hold_to(self, memory_gib: float) -> None:
         """Go on within so much of each GPU, context included, as a process that began with this limit."""
@@ -115,6 +122,25 @@ class Subject:
         device = self.pipeline.device
         self.pipeline.close()
         give_back(device)
+
+
+def alloc_retries(device: torch.device) -> int:
+    return int(torch.cuda.memory_stats(device)["num_alloc_retries"]) if device.type == "cuda" else 0
+
+
+def copy_rate_gb_s(device: torch.device) -> float:
+    """Of page-locked host memory to the device: the best of five copies of 1 GiB."""
+    module = nn.Module()
+    module.register_buffer("bytes", torch.ones(GIB, dtype=torch.uint8))
+    there, seconds = Guest(module, device), []
+    for _ in range(5):
+        started_s = time.perf_counter()
+        there.come()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started_s)
+        there.leave()
+    return GIB / min(seconds) / 1e9
 
 
 def make_subject(

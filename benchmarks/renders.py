@@ -46,7 +46,7 @@ from benchmarks.cold_start import measure_starts  # noqa: E402
 from benchmarks.device_memory import DriverMemory  # noqa: E402
 from benchmarks.int8_bench import Bench  # noqa: E402
 from benchmarks.random_model import random_text  # noqa: E402
-from benchmarks.render_bench import GIB, Measured, Size, Subject, make_subject  # noqa: E402
+from benchmarks.render_bench import GIB, Measured, Size, Subject, copy_rate_gb_s, make_subject  # noqa: E402
 from ltx_batch.model.device import device_name, pick_device  # noqa: E402
 from ltx_batch.model.placement import Strain  # noqa: E402
 from ltx_batch.model.quantize.policy import Precision, precision  # noqa: E402
@@ -112,6 +112,7 @@ def limits(renders: Renders, verb: str) -> None:
     model, all_limits = LIMITS[verb]
     chosen = [one for one in all_limits if renders.wanted(one.name)]
     rounds = 1 if verb == "limits_4k" else renders.bench.rounds
+    renders.bench.report("host_copy_gb_s", copy_rate_gb_s(renders.bench.device), "GB/s")
     subject = renders.subject(model)
     unlimited = {size: subject.measure(renders.size(size), rounds) for size in {one.size for one in chosen}}
     for size, found in unlimited.items():

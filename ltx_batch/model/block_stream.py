@@ -1,7 +1,7 @@
 """Blocks that run one after the other, with room on the device for some of them: the others come from host memory.
 
 Two slots hold those that come: while one works, the next is copied into the other, on a stream of its own. Blocks that stay
-are spread evenly, so that every copy has as much time as there is.
+are spread evenly, so that every copy has as much time as there is; they come ahead of their first turn like the others.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from ltx_batch.model.placement import SLOTS, staying
 
 @dataclass(slots=True)
 class _Slot:
-    """A place on the device for a block. `filled` and `used` are events on a GPU: the copy is there; its work is done."""
+    """A place on the device, and the block that is there or on its way. `filled` and `used` are events on a GPU: the copy is
+    there; its work is done."""
 
     buffer: torch.Tensor
     block: int | None = None
@@ -41,7 +42,7 @@ class BlockStream:
         self._blocks = list(blocks)
         self._packs = [self._pack(block) for block in blocks]
         self._parked = [Packed(nn.ModuleList(_parked(block)), device) for block in blocks]
-        self._staying: dict[int, torch.Tensor] = {}
+        self._staying: dict[int, _Slot] = {}
         self._slots: list[_Slot] = []
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._hooks: list[RemovableHandle] = []
@@ -51,23 +52,18 @@ class BlockStream:
 
     @property
     def held_bytes(self) -> int:
-        """What lies on the device."""
-        buffers = [*self._staying.values(), *(slot.buffer for slot in self._slots)]
-        return sum(buffer.numel() for buffer in buffers)
+        """What is taken of the device."""
+        return sum(slot.buffer.numel() for slot in (*self._staying.values(), *self._slots))
 
     def keep(self, count: int) -> None:
-        """Have `count` blocks stay on the device, and two slots for the others."""
+        """Have `count` blocks stay on the device, from their next turn on, and two slots for the others."""
         chosen = self._chosen(count)
         wanted = SLOTS if len(chosen) < len(self._packs) else 0
         if chosen == self._staying.keys() and len(self._slots) == wanted:
             return
         self.leave(count)
         for index in sorted(chosen - self._staying.keys()):
-            pack = self._packs[index]
-            buffer = self._allocate(pack.size_bytes)
-            buffer.copy_(pack.host, non_blocking=True)
-            pack.point_at(buffer)
-            self._staying[index] = buffer
+            self._staying[index] = self._make_slot(self._packs[index].size_bytes)
         largest = max((len(pack.host) for index, pack in enumerate(self._packs) if index not in chosen), default=0)
         self._slots = [self._make_slot(largest) for _ in range(wanted)]
 
@@ -75,7 +71,7 @@ class BlockStream:
         """Give the device back, the slots with it; of blocks that stay now, those stay that `keep(count)` would
         choose. Until the next `keep`, a forward is one in host memory."""
         chosen = self._chosen(count)
-        self._staying = {index: buffer for index, buffer in self._staying.items() if index in chosen}
+        self._staying = {index: slot for index, slot in self._staying.items() if index in chosen}
         for index, pack in enumerate(self._packs):
             if index not in self._staying:
                 pack.point_at(pack.host)
@@ -90,7 +86,10 @@ class BlockStream:
             self._packs[index] = self._pack(block)
 
     def detach(self) -> None:
-        """Let go of the blocks, whose tensors stay where they are. Nothing else may be called after it."""
+        """Let go of the blocks: those that stay are on the device, the others where they are. Nothing else may be called
+        after it."""
+        for index in self._staying:
+            self._bring(index)
         for hook in self._hooks:  # blocks that hold us, and we them, would wait for Python to look for cycles
             hook.remove()
 
@@ -101,29 +100,40 @@ class BlockStream:
         return Packed(block, self._device, without=_parked(block))
 
     def _before(self, index: int) -> None:
-        if index in self._staying or not self._slots:  # without slots, after `leave`, blocks work in host memory
+        if index not in self._staying and not self._slots:  # after `leave`, when blocks work in host memory
             return
-        slot = next((slot for slot in self._slots if slot.block == index), None) or self._fetch(index)
+        came = self._slot_of(index) is not None
+        slot = self._bring(index)
+        if came and index in self._staying:  # whoever brought it has looked further ahead
+            return
+        count = len(self._packs)
+        for step in range(1, count):  # after the last block the first, for the next forward
+            following = (index + step) % count
+            if self._slot_of(following) is None:
+                self._fetch(following, beside=slot)
+            if following not in self._staying:
+                break
+
+    def _bring(self, index: int) -> _Slot:
+        """Have the block work on the device, now."""
+        slot = self._slot_of(index) or self._fetch(index)
         if self._copies is not None:
             torch.cuda.current_stream(self._device).wait_event(slot.filled)
         self._packs[index].point_at(slot.buffer)
-        following = self._following(index)
-        if all(slot.block != following for slot in self._slots):
-            self._fetch(following, beside=slot)
+        return slot
 
     def _after(self, index: int) -> None:
         for slot in self._slots:
             if slot.block == index and slot.used is not None:
                 slot.used.record(torch.cuda.current_stream(self._device))
 
-    def _following(self, index: int) -> int:
-        """The next block that comes; after the last one the first, for the next forward."""
-        count = len(self._packs)
-        later = ((index + step) % count for step in range(1, count + 1))
-        return next(block for block in later if block not in self._staying)
+    def _slot_of(self, index: int) -> _Slot | None:
+        """Where the block is, or is on its way to."""
+        slots = [self._staying[index]] if index in self._staying else self._slots
+        return next((slot for slot in slots if slot.block == index), None)
 
     def _fetch(self, index: int, beside: _Slot | None = None) -> _Slot:
-        slot = next(slot for slot in self._slots if slot is not beside)
+        slot = self._staying.get(index) or next(slot for slot in self._slots if slot is not beside)
         slot.block = index
         host = self._packs[index].host
         if self._copies is None:
