@@ -48,7 +48,9 @@ def test_rows_are_rounded_as_by_the_reference(interpreted: list[dict[str, Any]])
 def test_norms_modulation_rotation_and_attention_are_the_references(interpreted: list[dict[str, Any]]) -> None:
     cases = [case for case in interpreted if "error" in case]
     assert len(cases) == 28
-    assert max(case["error"] for case in cases) < 3
+    for case in cases:
+        # Sums of up to 512 numbers in fp32, in the order of whatever CPU this is; in 16 bits nothing of that is seen.
+        assert case["error"] < (1.01 if "float16" in case["case"] else 16), case
 
 
 @pytest.fixture(scope="module")
