@@ -109,9 +109,10 @@ class BlockStream:
         count = len(self._packs)
         for step in range(1, count):  # after the last block the first, for the next forward
             following = (index + step) % count
-            if self._slot_of(following) is None:
+            stays = following in self._staying
+            if self._slot_of(following) is None and (stays or self._slots):
                 self._fetch(following, beside=slot)
-            if following not in self._staying:
+            if not stays:
                 break
 
     def _bring(self, index: int) -> _Slot:

@@ -93,15 +93,18 @@ class Room:
         """Of each GPU: what is not left to the allocator's gaps and the prediction's error."""
         return tuple(int(memory.USABLE * count) for count in (self.bytes or 0, *self.others))
 
-    def holds(self, wanted_bytes: int, largest_bytes: int = 0) -> bool:
-        """Whether so much fits, with a gap to spare for a tensor of `largest_bytes` that comes and goes.
+    def beside_gap(self, largest_bytes: int) -> tuple[int, ...]:
+        """The same where a gap is to spare for the largest tensor that comes and goes.
 
         torch's allocator, where no gap is large enough and it may not have more, gives all gaps back to the driver and
-        takes memory anew: without that gap once a block.
+        takes memory anew: once a block.
         """
-        if self.bytes is None:
-            return True
-        return wanted_bytes <= min(self.usable[0], int(memory.PREDICTED * self.bytes) - largest_bytes)
+        sure = (int(memory.PREDICTED * count) - largest_bytes for count in (self.bytes or 0, *self.others))
+        return tuple(map(min, self.usable, sure))
+
+    def holds(self, wanted_bytes: int, largest_bytes: int = 0) -> bool:
+        """Whether so much fits, with such a gap."""
+        return self.bytes is None or wanted_bytes <= self.beside_gap(largest_bytes)[0]
 
     @property
     def told(self) -> str:
@@ -198,7 +201,8 @@ def _sharded(sizes: ModelSizes, work: Work, room: Room, strain: Strain) -> Place
     whole = memory.decode_bytes(sizes, last.height * last.width * last.num_frames)
     for share, chunked in _SHARDED_TRIES:
         denoise = max(memory.denoise_bytes(sizes, one, work, chunked=chunked) for one in work.plan.passes)
-        left = [usable - denoise for usable in room.usable]
+        largest = max(memory.largest_bytes(sizes, one, work, chunked=chunked) for one in work.plan.passes)
+        left = [usable - denoise for usable in room.beside_gap(largest)]
         left[0] -= sizes.rest_bytes + max(0, sizes.decoder_bytes + int(share * whole) - denoise)
         shards = _deal(sizes, left)
         if min(left) >= 0:

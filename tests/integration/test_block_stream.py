@@ -112,7 +112,9 @@ def test_what_stays_changes_between_forwards(transformer: Any) -> None:
     for kept in (0, 3, 5, 1, 0, 5):
         stream.keep(kept)
         assert torch.equal(forward(transformer), expected)
+        stream.keep(BLOCKS - kept)
         stream.leave(kept // 2)
+        assert torch.equal(forward(transformer), expected)
         assert stream.held_bytes == sum(
             pack.size_bytes for index, pack in enumerate(stream._packs) if index in stream._staying
         )
