@@ -93,18 +93,18 @@ class Room:
         """Of each GPU: what is not left to the allocator's gaps and the prediction's error."""
         return tuple(int(memory.USABLE * count) for count in (self.bytes or 0, *self.others))
 
-    def beside_gap(self, largest_bytes: int) -> tuple[int, ...]:
-        """The same where a gap is to spare for the largest tensor that comes and goes.
+    def holds(self, wanted_bytes: int) -> bool:
+        return self.bytes is None or wanted_bytes <= self.usable[0]
+
+    def holds_easily(self, wanted_bytes: int, largest_bytes: int) -> bool:
+        """Whether a gap is left for the largest tensor that comes and goes.
 
         torch's allocator, where no gap is large enough and it may not have more, gives all gaps back to the driver and
         takes memory anew: once a block.
         """
-        sure = (int(memory.PREDICTED * count) - largest_bytes for count in (self.bytes or 0, *self.others))
-        return tuple(map(min, self.usable, sure))
-
-    def holds(self, wanted_bytes: int, largest_bytes: int = 0) -> bool:
-        """Whether so much fits, with such a gap."""
-        return self.bytes is None or wanted_bytes <= self.beside_gap(largest_bytes)[0]
+        if self.bytes is None:
+            return True
+        return self.holds(wanted_bytes) and wanted_bytes + largest_bytes <= memory.PREDICTED * self.bytes
 
     @property
     def told(self) -> str:
@@ -118,8 +118,9 @@ def check_name(name: str) -> None:
 
 
 def decide(sizes: ModelSizes, work: Work, room: Room, asked: str = "auto", strain: Strain | None = None) -> Placement:
-    """The placement of a plan. `auto`: the first that fits of resident, sharded and offload, but one whose decode is cut
-    into thin slices or that changes pixels only after the others; offload, with `fits` False, where none fits."""
+    """The placement of a plan. `auto`: the first that fits (resident: easily) of resident, sharded and offload, but one whose
+    decode is cut into thin slices or that changes pixels only after the others; offload, with `fits` False, where none
+    fits."""
     strain = strain or Strain()
     if asked == "offload" or strain.steps:
         return _offload(sizes, work, room, strain)
@@ -128,7 +129,8 @@ def decide(sizes: ModelSizes, work: Work, room: Room, asked: str = "auto", strai
     resident = _resident(sizes, work, room, strain)
     if asked == "resident" or room.bytes is None:
         return resident
-    choices = [resident, *([_sharded(sizes, work, room, strain)] if room.others else [])]
+    choices = [resident] if _easily_resident(sizes, work, room) else []
+    choices += [_sharded(sizes, work, room, strain)] if room.others else []
     choices.append(_offload(sizes, work, room, strain))
     last = work.plan.passes[-1]
     fitting = [choice for choice in choices if choice.fits]
@@ -180,17 +182,22 @@ def _resident(sizes: ModelSizes, work: Work, room: Room, strain: Strain) -> Plac
     stages = {**_beside(sizes, work, slices, ()), "denoise": _denoise_bytes(sizes, work)}
     stage = max(stages, key=lambda name: stages[name])
     peak = sizes.weights_bytes + stages[stage]
-    easily = all(
-        room.holds(sizes.weights_bytes + memory.denoise_bytes(sizes, one, work), memory.largest_bytes(sizes, one, work))
-        for one in work.plan.passes
-    )
     return Placement(
         "resident",
         tuple(PassPlacement(len(sizes.blocks)) for _ in work.plan.passes),
         f"all parts and {stage} take {gib(peak)} of {room.told}{_cut(slices)}",
         peak,
-        fits=easily and room.holds(peak),
+        fits=room.holds(peak),
         decode_slices=slices,
+    )
+
+
+def _easily_resident(sizes: ModelSizes, work: Work, room: Room) -> bool:
+    return all(
+        room.holds_easily(
+            sizes.weights_bytes + memory.denoise_bytes(sizes, one, work), memory.largest_bytes(sizes, one, work)
+        )
+        for one in work.plan.passes
     )
 
 
@@ -201,8 +208,7 @@ def _sharded(sizes: ModelSizes, work: Work, room: Room, strain: Strain) -> Place
     whole = memory.decode_bytes(sizes, last.height * last.width * last.num_frames)
     for share, chunked in _SHARDED_TRIES:
         denoise = max(memory.denoise_bytes(sizes, one, work, chunked=chunked) for one in work.plan.passes)
-        largest = max(memory.largest_bytes(sizes, one, work, chunked=chunked) for one in work.plan.passes)
-        left = [usable - denoise for usable in room.beside_gap(largest)]
+        left = [usable - denoise for usable in room.usable]
         left[0] -= sizes.rest_bytes + max(0, sizes.decoder_bytes + int(share * whole) - denoise)
         shards = _deal(sizes, left)
         if min(left) >= 0:
@@ -276,7 +282,7 @@ def _kept_blocks(sizes: ModelSizes, work: Work, one: PassPlan, room: Room, *, ch
     largest = memory.largest_bytes(sizes, one, work, chunked=chunked)
     counts = range(len(sizes.blocks), 0, -1)
     none = 0 if room.holds(beside + _blocks_bytes(sizes, 0)) else None
-    return next((count for count in counts if room.holds(beside + _blocks_bytes(sizes, count), largest)), none)
+    return next((count for count in counts if room.holds_easily(beside + _blocks_bytes(sizes, count), largest)), none)
 
 
 def staying(blocks: Sequence[int], count: int) -> set[int]:

@@ -216,11 +216,11 @@ def test_blocks_that_stay_leave_a_gap_for_the_largest_tensor(size_gib: float) ->
 
 
 def test_all_blocks_stay_only_beside_such_a_gap() -> None:
-    denoise, gap = (count(SMALL, HD.passes[1], Work(HD)) for count in (memory.denoise_bytes, memory.largest_bytes))
-    barely = Room(int((SMALL.weights_bytes + denoise + gap) / memory.PREDICTED) - 2**20)
-    assert SMALL.weights_bytes + denoise < barely.usable[0]
-    assert decide(SMALL, Work(HD), barely).mode == "offload"
-    assert decide(SMALL, Work(HD), Room((barely.bytes or 0) + 2**21), "resident").fits
+    denoise, gap = (count(INT8, UHD.passes[1], Work(UHD)) for count in (memory.denoise_bytes, memory.largest_bytes))
+    enough = int((INT8.weights_bytes + denoise + gap) / memory.PREDICTED)
+    modes = [decide(INT8, Work(UHD), Room(enough + more)).mode for more in (-(2**20), 2**20)]
+    assert modes == ["offload", "resident"]
+    assert decide(INT8, Work(UHD), Room(enough - 2**20), "resident").fits, "who asks for it may have it"
 
 
 def test_blocks_of_two_sizes_are_counted_each_and_large_ones_stay_first() -> None:
