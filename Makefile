@@ -24,7 +24,7 @@ test: $(READY) ## every test but the slow ones and those that need a GPU
 	@$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(READY) ## the kill matrix on local disk and S3
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m slow -n 2
 
 check: $(READY) ## format, lint, types, layers, unit tests
 	@$(BIN)/ruff format --check .
