@@ -11,7 +11,7 @@
 | memory | render_memory_vs_bf16, render_memory_vs_fp32: the same | 110 |
 | small | render_2b_4gib | 45 |
 | prompt | prompt_to_video_8gib | 70 |
-| limits_4k | render_4k_12gib, render_4k_8gib: 13B, 2160x3840x33 | 190 |
+| limits_4k | render_4k_12gib, render_4k_8gib: 13B, 2160x3840x33 | 300 |
 | cold | cold_start_s; writes 45 GB below --scratch, and takes them away | 200 |
 | sharded | sharded_2gpu: 13B in bf16, 16 GiB of each of two GPUs | 70 |
 | claims | frames a second at 1080p with 13B, at 720p with 2B, without a limit | 90 |
@@ -204,7 +204,7 @@ ESTIMATES_S = {
     "memory": 110,
     "small": 45,
     "prompt": 70,
-    "limits_4k": 190,
+    "limits_4k": 300,
     "cold": 200,
     "sharded": 70,
     "claims": 90,
