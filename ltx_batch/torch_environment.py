@@ -10,8 +10,10 @@ def prepare_torch(threads: int | None = None) -> None:
 
     With segments of fixed sizes a whole 4K decode ran out of memory over 9 GiB that lay between blocks
     (benchmarks/results/stages-h100.json), and renders within 8 and 4 GiB ran out and went on with less of the model on
-    the GPU (benchmarks/README.md).
+    the GPU (benchmarks/README.md). What somebody set of the allocator stays, under its newer name too, which PyTorch 2.9
+    ignores for segments that grow (pytorch issue 183387).
     """
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(threads)
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

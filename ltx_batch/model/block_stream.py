@@ -104,7 +104,7 @@ class BlockStream:
             return
         came = self._slot_of(index) is not None
         slot = self._bring(index)
-        if came and index in self._staying:  # whoever brought it has looked further ahead
+        if came and index in self._staying:  # whoever brought it looked further ahead; after `keep` one copy may be late
             return
         count = len(self._packs)
         for step in range(1, count):  # after the last block the first, for the next forward

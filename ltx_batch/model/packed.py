@@ -134,7 +134,10 @@ def _bitsandbytes_places(layer: Any) -> Iterator[_Place]:
 
 
 def _lock_pages(buffer: torch.Tensor) -> None:
-    """Page-lock memory that is there. torch's own pinned memory comes in powers of two: nearly twice of a 13B block."""
+    """Page-lock memory that is there. torch's own pinned memory comes in powers of two: nearly twice of a 13B block.
+
+    Memory that goes away while it is copied from is safe: to unlock it waits for copies under way (seen on an H100).
+    """
     if buffer.numel() == 0:
         return
     cuda = torch.cuda.cudart()

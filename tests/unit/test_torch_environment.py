@@ -11,7 +11,11 @@ from ltx_batch.torch_environment import prepare_torch
 
 def test_what_somebody_set_stays_but_for_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "backend:native")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    prepare_torch()
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     prepare_torch()
     assert os.environ["OMP_NUM_THREADS"] == "7"
     assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
