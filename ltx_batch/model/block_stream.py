@@ -104,7 +104,8 @@ class BlockStream:
             return
         came = self._slot_of(index) is not None
         slot = self._bring(index)
-        if came and index in self._staying:  # whoever brought it looked further ahead; after `keep` one copy may be late
+        # Whoever brought it has looked further ahead. Not so after `keep`: one copy is late then.
+        if came and index in self._staying:
             return
         count = len(self._packs)
         for step in range(1, count):  # after the last block the first, for the next forward
