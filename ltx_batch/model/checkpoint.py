@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,8 +29,6 @@ from ltx_batch.model.sizes import text_sizes
 from ltx_batch.model.streaming import check_tensors, fill
 from ltx_batch.model.text_precision import BLOCKS, DType, text_policy
 from ltx_batch.tensor_file import StoredTensor
-
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about a 4-bit kernel that nothing here uses
 
 _CPU = torch.device("cpu")
 _ROUNDING_BYTES = GIB  # a block of T5-XXL in 16 bits, and a layer of it in fp32 twice

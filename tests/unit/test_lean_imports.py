@@ -89,6 +89,16 @@ def test_looking_at_a_job_is_lean(job: Path, verb: str) -> None:
     assert json.loads(printed)["rows"]
 
 
+def test_bitsandbytes_is_quiet_before_anything_imports_it() -> None:
+    script = """
+import logging, sys
+import ltx_batch.model
+told = logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
+sys.exit(told or "bitsandbytes" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == 0
+
+
 def test_a_run_without_actors_loads_no_ray(job: Path, tmp_path: Path) -> None:
     """And, with colour bars in place of the model, no torch."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "one"}\n')

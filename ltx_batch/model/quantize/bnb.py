@@ -5,19 +5,12 @@ Built by hand and not through diffusers' quantisation config, which needs a GPU 
 
 from __future__ import annotations
 
-import logging
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from ltx_batch.errors import CheckpointError
-
-# It computes in fp16 whatever the model holds, and its logger says so at every call of every layer.
-_TOLD_AT_EVERY_CALL = "MatMul8bitLt: inputs will be cast"
-logging.getLogger("bitsandbytes.autograd._functions").addFilter(
-    lambda record: not str(record.msg).startswith(_TOLD_AT_EVERY_CALL)
-)
 
 
 def quantized(layer: nn.Linear, threshold: float, device: torch.device) -> nn.Module:
