@@ -152,8 +152,10 @@ def _advised(place: HubPlace) -> Iterator[None]:
         yield
     except CheckpointError as error:
         official = find_official(place.file or "")
-        advice = f". `ltx-batch fetch {official.name}` brings it while the hub can be reached" if official else ""
-        raise CheckpointError(f"{error}{advice}") from None
+        if official is None:
+            raise
+        advice = f"`ltx-batch fetch {official.name}` brings it while the hub can be reached"
+        raise CheckpointError(f"{str(error).rstrip('.')}. {advice}") from None
 
 
 def _counts(name: str) -> bool:
