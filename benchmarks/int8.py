@@ -4,6 +4,7 @@
     python benchmarks/int8.py memory   [--models 13b 2b]
     python benchmarks/int8.py stream   [--models 13b] [--tokens 13376 5600] [--memory-gib 8]
     python benchmarks/int8.py kernels  [--models 13b 2b] [--tokens 13376]
+    python benchmarks/int8.py choice   [--models 13b 2b] [--tokens 13376 2688]
     python benchmarks/int8.py steps --tiny        # any of them on a CPU in seconds, to try the script
 
 Weights are random, of the real sizes, made on the device. What is compared lies on the device side by side and runs in turns;
@@ -36,16 +37,20 @@ from ltx_batch.model.graphs import StepGraphs  # noqa: E402
 from ltx_batch.model.guests import Streamed  # noqa: E402
 from ltx_batch.model.quantize import ops  # noqa: E402
 from ltx_batch.model.quantize.block import fuse_blocks  # noqa: E402
+from ltx_batch.model.quantize.choose import choose  # noqa: E402
 from ltx_batch.model.quantize.policy import Precision, matches, precision  # noqa: E402
+from ltx_batch.model.quantize.probe import probe  # noqa: E402
 from ltx_batch.model.quantize.swap import quantize_model, stored_bytes  # noqa: E402
 from ltx_batch.model.quantize.text_rows import text_kept  # noqa: E402
 
 TEXT_TOKENS = 256
-# int8 as the product calls it, which records calls as CUDA graphs; int8_launched always from Python.
-KINDS = ("bf16", "bf16_compiled", "control", "int8", "int8_launched", "int8_compiled", "bnb", "bnb_compiled")
+# These as the product calls them, which records calls as CUDA graphs; int8_launched always from Python.
+RECORDED = ("int8", "fp8", "int8_weight")
+KINDS = ("bf16", "bf16_compiled", "control", *RECORDED, "int8_launched", "int8_compiled", "bnb", "bnb_compiled")
 # Models and tokens of each verb, where nothing else is asked for.
 DEFAULTS = {
     "steps": (["13b", "2b"], [13376, 2688]),
+    "choice": (["13b", "2b"], [13376, 2688]),
     "memory": (["13b", "2b"], [13376]),
     "stream": (["13b"], [13376, 5600]),
     "kernels": (["13b", "2b"], [13376]),
@@ -59,6 +64,8 @@ RATIOS = {
     "control": ("bf16_compiled", "control"),
     "over_bnb": ("bnb", "int8"),
     "over_bnb_compiled": ("bnb_compiled", "int8"),
+    "fp8_over_bf16": ("bf16_compiled", "fp8"),
+    "int8_weight_over_bf16": ("bf16_compiled", "int8_weight"),
 }
 
 
@@ -102,7 +109,7 @@ def step(
 
 @torch.inference_mode()
 def steps(bench: Bench, options: argparse.Namespace) -> None:
-    """Speed of a step over compiled bf16, our kernels around bf16 products, and bitsandbytes."""
+    """Speed of a step over compiled bf16, our kernels around bf16 products, the other precisions, and bitsandbytes."""
     for name in options.models:
         with torch.inference_mode(False):
             models = kinds_of(bench, name, options.kinds)
@@ -131,6 +138,10 @@ def kinds_of(bench: Bench, name: str, kinds: Sequence[str]) -> dict[str, Any]:
         models["int8_launched"] = twin(models["int8"])
     if "int8_compiled" in kinds:
         models["int8_compiled"] = bench.compile(twin(models["int8"]))
+    for kind in ("fp8", "int8_weight"):
+        if kind in kinds:
+            policy = precision(kind.replace("_", "-"), bench.device.type)
+            models[kind] = quantised(twin(base), policy, bench.device)
     for kind, threshold in (("bnb", 6.0), ("bnb_compiled", 0.0)):
         if kind in kinds and name == "13b":
             policy = precision("bnb-int8", bench.device.type, threshold=threshold)
@@ -143,8 +154,8 @@ def kinds_of(bench: Bench, name: str, kinds: Sequence[str]) -> dict[str, Any]:
 def report_steps(bench: Bench, name: str, tokens: int, models: Mapping[str, Any], listed: Sequence[str]) -> None:
     case = f"{name}_{short(tokens)}"
     few = [kind for kind in models if "bnb" not in kind or short(tokens) == "13k" or bench.tiny]
-    graphs = StepGraphs(bench.device)
-    calls = {kind: step(models[kind], tokens, graphs=graphs if kind == "int8" else None) for kind in few}
+    graphs = {kind: StepGraphs(bench.device) for kind in RECORDED if kind in few}
+    calls = {kind: step(models[kind], tokens, graphs=graphs.get(kind)) for kind in few}
     first_s: dict[str, float] = {}
     for kind, call in calls.items():
         started_s = time.perf_counter()
@@ -154,8 +165,8 @@ def report_steps(bench: Bench, name: str, tokens: int, models: Mapping[str, Any]
     with ExitStack() as stack:
         for kind in few:
             stack.enter_context(text_kept(models[kind]))
-        if "int8" in few:
-            stack.enter_context(graphs.at_work(models["int8"], tokens, spare_bytes=8 * GIB))
+        for kind, recorded in graphs.items():
+            stack.enter_context(recorded.at_work(models[kind], tokens, spare_bytes=8 * GIB))
         times = bench.medians_s(calls, warm_up=2)
         kernels = {kind: bench.kernels_ms(call) for kind, call in calls.items() if kind in listed}
     for kind, seconds in times.items():
@@ -168,6 +179,18 @@ def report_steps(bench: Bench, name: str, tokens: int, models: Mapping[str, Any]
         with torch.inference_mode():
             expected, found = (calls[kind]().float() for kind in ("bf16", "int8"))
         bench.report(f"{case}_velocity_error", float((found - expected).norm() / expected.norm()), "")
+
+
+def choice(bench: Bench, options: argparse.Namespace) -> None:
+    """What `auto` becomes here, from one block of each size in each precision that it may take."""
+    for name in options.models:
+        for tokens in options.tokens:
+            times_s, refused = probe(bench.config(name)["cross_attention_dim"], bench.device, tokens=tokens)
+            chosen, reason = choose(times_s, refused=refused)
+            blocks_ms = {kind: round(1000 * seconds, 3) for kind, seconds in times_s.items()}
+            speed = times_s["bf16"] / times_s[chosen]
+            label = f"{name}_{short(tokens)}_auto_over_bf16"
+            bench.report(label, speed, "x", chosen=chosen, reason=reason, blocks_ms=blocks_ms)
 
 
 @torch.inference_mode()
@@ -285,6 +308,7 @@ def short(tokens: int) -> str:
 def main() -> None:
     verbs: dict[str, Callable[[Bench, argparse.Namespace], None]] = {
         "steps": steps,
+        "choice": choice,
         "memory": memory,
         "stream": stream,
         "kernels": kernels,

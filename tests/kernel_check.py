@@ -49,6 +49,12 @@ def interpret_rows(dtype: torch.dtype, channels: int) -> Iterator[dict[str, Any]
         for group in fitting(channels):
             found8, right8 = rows.quantize_modulated(*arguments, group), reference.quantize_modulated(*arguments, group)
             yield compared(f"modulate, quantise {dtype} {channels} {len(lines)} {group}", dtype, group, found8, right8)
+    (found, scales), (right, right_scales) = rows.fp8_rows(x), reference.fp8_rows(x)
+    # The interpreter (3.7.1) carries nothing when it rounds, which halves powers of two, and takes ties away from zero.
+    between = (right.view(torch.uint8) & 7) > 0
+    apart = (found.float() != right.float())[between].float().mean()
+    same = torch.equal(scales, right_scales)
+    yield {"case": f"fp8 {dtype} {channels}", "same_scales": same, "apart": float(apart), "among": int(between.sum())}
     wide = torch.randn(6, 2 * channels).to(dtype)[:, :channels]  # columns of something wider
     for group in fitting(channels):
         for gelu in (False, True):
@@ -165,6 +171,11 @@ def build(arch: int) -> Iterator[dict[str, Any]]:
                 launch = rows.RowLaunch(rows.row_bytes(width, lines=modulate and not shared), 2, stages)
                 if launch.shared_bytes((arch // 10, arch % 10)) <= LIMITS_KIB[arch] * 1024:
                     yield compiled(rows.row_kernel, flags, arch, rows.WARPS, stages, launch, channels)
+        if arch >= 89:  # no GPU before has e4m3
+            flags = {"modulate": False, "shared": True, "gelu": False, "quantize": True, "group": 0}
+            flags["blocks"] = rows.blocks_of(width, 0)
+            launch = rows.RowLaunch(rows.row_bytes(width, lines=False), 2, 3)
+            yield compiled(rows.row_kernel, flags, arch, rows.WARPS, 3, launch, channels, {"out_ptr": "*fp8e4nv"})
     yield compiled(rotary.rotary_kernel, {"pairs": 2048}, arch, 16, 3, None, {**channels, "real_pairs": 16})
     for width in (64, 128):
         for tokens in (64, 128, 256):
@@ -195,7 +206,14 @@ def build(arch: int) -> Iterator[dict[str, Any]]:
 
 
 def compiled(
-    kernel: Any, flags: dict[str, Any], arch: int, warps: int, stages: int, launch: Any, divisible: dict[str, int]
+    kernel: Any,
+    flags: dict[str, Any],
+    arch: int,
+    warps: int,
+    stages: int,
+    launch: Any,
+    divisible: dict[str, int],
+    other_types: dict[str, str] | None = None,
 ) -> dict[str, Any]:
     """Build it as a call with aligned bf16 tensors would be. Says what it takes and which products it uses."""
     import triton
@@ -203,6 +221,7 @@ def compiled(
     from triton.compiler import ASTSource
 
     types = {name: "constexpr" if name in flags else type_of(name, flags) for name in kernel.arg_names}
+    types |= other_types or {}
     attributes = {
         (place,): [["tt.divisibility", 16]]
         for place, (name, kind) in enumerate(types.items())
@@ -219,6 +238,7 @@ def compiled(
         "limit": LIMITS_KIB[arch] * 1024,
         "counted": None if launch is None else launch.shared_bytes(capability),
         "products": sorted(found),
+        "fp8": "e4m3x2" in built.asm["ptx"],
         "described": "cp.async.bulk.tensor" in built.asm["ptx"],
         "cubin": len(built.asm["cubin"]),
     }

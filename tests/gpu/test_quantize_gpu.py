@@ -164,6 +164,19 @@ def test_a_layer_is_the_layer_of_the_cpu(group: int) -> None:
     assert (on_gpu - expected).norm() / expected.norm() < 2e-3
 
 
+@pytest.mark.skipif(CAPABILITY < (8, 9), reason="the GPU has no e4m3")
+@pytest.mark.parametrize("channels", [96, 2048, 4096, 16384])
+def test_rows_become_fp8_as_on_the_cpu(channels: int) -> None:
+    x = drawn(300, channels)
+    x[7] = 0
+    for given in (x, drawn(300, 2 * channels)[:, :channels]):
+        (rows, scales), (right, right_scales) = ops.fp8_rows(given), reference.fp8_rows(given.cpu())
+        assert rows.dtype == torch.float8_e4m3fn and torch.equal(scales.cpu(), right_scales)
+        # An RTX 40 rounds by way of fp16, which tips what lies between two numbers.
+        apart = (rows.cpu().view(torch.uint8).int() - right.view(torch.uint8).int()).abs()
+        assert apart.max() <= 1 and (apart > 0).float().mean() < 0.01
+
+
 def test_fp8_is_refused_or_near_its_emulation() -> None:
     if CAPABILITY < (8, 9):
         with pytest.raises(PrecisionError, match=r"fp8 takes a GPU of compute capability 8.9 or newer"):

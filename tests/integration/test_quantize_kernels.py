@@ -45,6 +45,13 @@ def test_rows_are_rounded_as_by_the_reference(interpreted: list[dict[str, Any]])
         assert case["step"] <= 1 and case["differ"] < 2e-3 and case["scale"] <= case["scale_limit"], case
 
 
+def test_rows_become_fp8_as_by_the_reference(interpreted: list[dict[str, Any]]) -> None:
+    cases = [case for case in interpreted if "apart" in case]
+    assert len(cases) == 4
+    for case in cases:
+        assert case["same_scales"] and case["among"] > 400 and case["apart"] < 2e-3, case
+
+
 def test_norms_modulation_rotation_and_attention_are_the_references(interpreted: list[dict[str, Any]]) -> None:
     cases = [case for case in interpreted if "error" in case]
     assert len(cases) == 28
@@ -70,6 +77,7 @@ def test_every_kernel_and_every_launch_that_fits_compiles(compiled: list[dict[st
         assert case["products"] == [INT8.get(arch, OLDER)], case
         assert case["described"] == ("described_kernel" in case["case"])
     assert any(case["described"] for case in products) == (arch == 90)
+    assert sum(case["fp8"] for case in cases) == (2 if arch >= 89 else 0)
 
 
 def test_nothing_imports_triton_before_a_gpu_is_used() -> None:

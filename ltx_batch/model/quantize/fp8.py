@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ltx_batch.errors import PrecisionError
+from ltx_batch.model.quantize import reference
+from ltx_batch.model.quantize.ops import fp8_rows
 
-_LARGEST = torch.finfo(torch.float8_e4m3fn).max
 _SINCE = (8, 9)
 
 
@@ -37,23 +38,23 @@ class Fp8Linear(nn.Module):
     def of(cls, layer: nn.Linear, device: torch.device) -> Self:
         """`layer` quantised, on `device`."""
         made = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, dtype=layer.weight.dtype)
-        weight, scale = _rounded(layer.weight.detach().to(device))
-        made.weight, made.weight_scale = _held(weight), _held(scale.squeeze(-1))
+        weight, scale = reference.fp8_rows(layer.weight.detach().to(device))
+        made.weight, made.weight_scale = _held(weight), _held(scale)
         if layer.bias is not None:
             made.bias = _held(layer.bias.detach().to(device))
         return made
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] -> [..., out_features], in x's dtype."""
-        rows, scales = _rounded(x.reshape(-1, self.in_features))
+        rows, scales = fp8_rows(x.reshape(-1, self.in_features))
         if x.device.type == "cpu":  # the same numbers, without the speed
-            out = (rows.float() @ self.weight.float().T * scales * self.weight_scale).to(x.dtype)
+            out = (rows.float() @ self.weight.float().T * scales[:, None] * self.weight_scale).to(x.dtype)
             out = out if self.bias is None else out + self.bias
         else:
             out = torch._scaled_mm(
                 rows,
                 self.weight.t(),
-                scale_a=scales,
+                scale_a=scales[:, None],
                 scale_b=self.weight_scale[None],
                 bias=self.bias,
                 out_dtype=x.dtype,
@@ -68,14 +69,6 @@ def check_device(device: torch.device) -> None:
             f"fp8 takes a GPU of compute capability 8.9 or newer (RTX 40, L40, H100); {torch.cuda.get_device_name(device)} "
             "has {}.{}: use int8".format(*torch.cuda.get_device_capability(device))
         )
-
-
-def _rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 values of `x` [M, K], and fp32 scales [M, 1] of its rows."""
-    scale = x.abs().amax(-1, keepdim=True).float() / _LARGEST
-    scale = torch.where(scale == 0, 1.0, scale)
-    # Rounding may reach past the largest number, and e4m3 knows no infinity to stop at.
-    return (x.float() / scale).clamp(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn), scale
 
 
 def _held(tensor: torch.Tensor) -> nn.Parameter:

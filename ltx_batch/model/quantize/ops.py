@@ -1,4 +1,4 @@
-"""The operations of the int8 path, for torch: plain torch on a CPU, Triton kernels on a GPU, opaque to the compiler.
+"""The operations of the quantised paths, for torch: plain torch on a CPU, Triton kernels on a GPU, opaque to the compiler.
 
 Opaque, since their kernels pick tiles by timing, which only a real call can do, and leave the compiler nothing to fuse.
 Where nothing is being compiled they are called straight: the dispatcher takes as long as a launch, and short sequences
@@ -39,6 +39,7 @@ def _operation(reference: Callable[..., Any], module: str) -> tuple[Callable[...
 
 
 quantize_rows, _quantize_rows = _operation(reference.quantize_rows, "rows")
+fp8_rows, _fp8_rows = _operation(reference.fp8_rows, "rows")
 quantize_modulated, _quantize_modulated = _operation(reference.quantize_modulated, "rows")
 modulate_rows, _modulate_rows = _operation(reference.modulate_rows, "rows")
 norm_rotate, _norm_rotate = _operation(reference.norm_rotate, "rotary")
@@ -49,6 +50,11 @@ int8_product, _int8_product = _operation(reference.int8_product, "product")
 @_quantize_rows.register_fake
 def _(x: torch.Tensor, group: int, gelu: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     return _quantized_like(x)
+
+
+@_fp8_rows.register_fake
+def _(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _quantized_like(x, torch.float8_e4m3fn)
 
 
 @_quantize_modulated.register_fake
@@ -105,5 +111,5 @@ def _(
     return rows.new_empty(rows.shape[0], sum(weight.shape[0] for weight in weights), dtype=dtype)
 
 
-def _quantized_like(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(x.shape[0], dtype=torch.float32)
+def _quantized_like(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0], dtype=torch.float32)

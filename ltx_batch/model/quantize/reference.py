@@ -15,6 +15,7 @@ from ltx_batch.model.quantize.hadamard import rotate
 from ltx_batch.model.quantize.rope import floating
 
 LIMIT = 127  # symmetric: -128 is never used
+FP8_LIMIT = 448  # of e4m3, which has no infinity
 
 
 def quantize_weight(weight: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -27,6 +28,15 @@ def quantize_rows(x: torch.Tensor, group: int, gelu: bool = False) -> tuple[torc
     if gelu:
         x = torch_gelu(x.float(), approximate="tanh").to(x.dtype)
     return _round_rows(rotate(x, group))
+
+
+def fp8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of `x` [M, K] as e4m3 [M, K] with fp32 scales [M]."""
+    largest = x.abs().amax(-1).float()
+    largest = torch.where(largest == 0, 1.0, largest)
+    # A number over a tensor would be that number times a rounded reciprocal, and many of bf16's lie between two of e4m3.
+    limit = torch.full_like(largest, FP8_LIMIT)
+    return (x.float() * (limit / largest)[:, None]).to(torch.float8_e4m3fn), largest / limit
 
 
 def modulate_rows(x: torch.Tensor, table: torch.Tensor, temb: torch.Tensor, slot: int, eps: float) -> torch.Tensor:

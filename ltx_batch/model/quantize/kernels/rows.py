@@ -1,4 +1,4 @@
-"""Norm and modulation, GELU and rotation on the way into int8: a row is read once and written once.
+"""Norm and modulation, GELU and rotation on the way into int8, or rounding alone into e4m3: a row is read once and written once.
 
 Its scale is known when all of it is, so a row stays in registers, up to 16384 numbers over four warps. A program takes
 row after row, and keeps what they share. Rotation goes through the tensor cores, 64 channels at a time; of a group of 256
@@ -71,6 +71,8 @@ def row_kernel(
     """Rows as tiles [blocks, 64], four of them for a group of 256. `shared`: one line of `temb` holds for all rows."""
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     tiles: tl.constexpr = 4 if group == 256 else 1
+    kind: tl.constexpr = out_ptr.dtype.element_ty
+    most: tl.constexpr = 127.0 if kind == tl.int8 else 448.0  # the largest number of int8, and of e4m3
     first = tl.arange(0, blocks)[:, None] * (tiles * _LANES) + tl.arange(0, _LANES)[None, :]
     signs = _signs(dtype)
     shifts: tl.tuple = ()
@@ -122,12 +124,14 @@ def row_kernel(
                 mixed += (x,)
             largest = tl.max(tl.max(size, axis=1), axis=0)
             largest = tl.where(largest == 0.0, 1.0, largest)
-            tl.store(scale_ptr + row, tl.div_rn(largest, 127.0))
-            inverse = tl.div_rn(127.0, largest)
+            tl.store(scale_ptr + row, tl.div_rn(largest, most))
+            inverse = tl.div_rn(most, largest)
             for tile in tl.static_range(tiles):
                 cols = first + tile * _LANES
-                rounded = (mixed[tile] * inverse + _RINT).to(tl.int32, bitcast=True)
-                tl.store(out_ptr + row * channels + cols, rounded.to(tl.int8), mask=cols < channels)
+                rounded = mixed[tile] * inverse
+                if kind == tl.int8:
+                    rounded = (rounded + _RINT).to(tl.int32, bitcast=True)
+                tl.store(out_ptr + row * channels + cols, rounded.to(kind), mask=cols < channels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +159,11 @@ def quantize_rows(x: torch.Tensor, group: int, gelu: bool = False) -> tuple[torc
     return _quantize(x, None, x, 0.0, group, gelu=gelu)
 
 
+def fp8_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`reference.fp8_rows`."""
+    return _quantize(x, None, x, 0.0, 0, gelu=False, dtype=torch.float8_e4m3fn)
+
+
 def quantize_modulated(
     x: torch.Tensor, table: torch.Tensor, temb: torch.Tensor, slot: int, eps: float, group: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,9 +179,16 @@ def modulate_rows(x: torch.Tensor, table: torch.Tensor, temb: torch.Tensor, slot
 
 
 def _quantize(
-    x: torch.Tensor, table: torch.Tensor | None, temb: torch.Tensor, eps: float, group: int, *, gelu: bool
+    x: torch.Tensor,
+    table: torch.Tensor | None,
+    temb: torch.Tensor,
+    eps: float,
+    group: int,
+    *,
+    gelu: bool,
+    dtype: torch.dtype = torch.int8,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    out = torch.empty(x.shape, dtype=dtype, device=x.device)
     scales = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     _launch(x, table, temb, out, scales, eps, group=group, gelu=gelu, quantize=True)
     return out, scales
@@ -209,7 +225,8 @@ def _launch(
         start(row_kernel, programs, tensors, numbers, constants, warps=WARPS, stages=launch.stages)
         return out
 
-    variant = (bucket(rows), channels, group, int(table is not None), int(lines == 1), int(gelu), int(quantize))
+    becomes = (2 if out.is_floating_point() else 1) if quantize else 0
+    variant = (bucket(rows), channels, group, int(table is not None), int(lines == 1), int(gelu), becomes)
     choices = tuner(row_bytes(channels, lines=table is not None and lines > 1))
     run(choices.choose(x.device, variant, run))
 
