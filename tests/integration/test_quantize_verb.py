@@ -36,7 +36,10 @@ def test_a_folder_renders_what_its_source_does(tmp_path: Path, name: str) -> Non
     file = tmp_path / "made" / "transformer" / "diffusion_pytorch_model.safetensors"
     assert told["transformer_bytes"] == file.stat().st_size
     assert stat.S_IMODE(file.stat().st_mode) == 0o644
-    assert (tmp_path / "made" / "pipeline_config.yaml").is_file()
+    weights = Path("vae/diffusion_pytorch_model.safetensors")
+    assert (tmp_path / "made" / weights).samefile(source / weights)
+    assert (tmp_path / "made" / "pipeline_config.yaml").read_text() == "stochastic_sampling: false\n"
+    assert not (tmp_path / "made" / "pipeline_config.yaml").samefile(source / "pipeline_config.yaml")  # people edit it
     stored = transformer_stored(str(tmp_path / "made"))
     assert stored is not None and len(stored.source["transformer/diffusion_pytorch_model.safetensors"]) == 64
     expected = load_renderer(str(source), device="cpu", precision=name).render([REQUEST])[0]

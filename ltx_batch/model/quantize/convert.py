@@ -7,6 +7,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
@@ -43,8 +44,8 @@ def convert_checkpoint(
 ) -> dict[str, Any]:
     """Write `folder`, in diffusers' layout, from the checkpoint at `place`, a folder or an official single file.
 
-    The transformer is quantised on `device`, a layer at a time; other parts are the checkpoint's own, linked where the disk
-    allows it. With `text`, which is to be quantised, that text encoder is written too, beside its tokenizer, in bf16 where it
+    The transformer is quantised on `device`, a layer at a time; other parts are the checkpoint's own, their weights linked
+    where the disk allows it. With `text`, which is to be quantised, that text encoder is written too, beside its tokenizer, in bf16 where it
     is not. `source` and `text_source` are {file: sha256} of what they are made from. Returns counts and bytes. Raises CheckpointError where there is
     something at `folder`, PrecisionError where there is nothing to quantise or it has been done.
     """
@@ -120,7 +121,7 @@ def _load(name: str, part: Part) -> Any:
 
 
 def _link_all(place: Path, folder: Path, *, but: Sequence[str]) -> None:
-    """Everything else, without a second copy where both lie on one disk."""
+    """Everything else, without a second copy of weights where both lie on one disk."""
     for entry in place.iterdir():
         if entry.is_dir() and entry.name not in but:
             shutil.copytree(entry, folder / entry.name, copy_function=_link)
@@ -129,11 +130,11 @@ def _link_all(place: Path, folder: Path, *, but: Sequence[str]) -> None:
 
 
 def _link(source: str, target: str) -> str:
-    try:
-        os.link(Path(source).resolve(), target)  # a model hub's cache has links to blobs
-    except OSError:
-        shutil.copy2(source, target)
-    return target
+    if source.endswith(".safetensors"):  # what people edit, as configs, would change the original too
+        with suppress(OSError):
+            os.link(Path(source).resolve(), target)  # a model hub's cache has links to blobs
+            return target
+    return shutil.copy2(source, target)
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
